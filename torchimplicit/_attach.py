@@ -67,9 +67,9 @@ def _is_array(leaf: Any) -> bool:
     return not isinstance(leaf, Tensor) and hasattr(leaf, "__array_interface__")
 
 
-def _check_feasible(given: Any, value: Any, batched: bool, rtol: Tolerance | None) -> None:
+def _check_feasible(original: Any, value: Any, batched: bool, rtol: Tolerance | None) -> None:
     """Raise where the projection onto the constraint moved the given value by more than rounding."""
-    pairs = list(zip(pytree.tree_leaves(given), pytree.tree_leaves(value), strict=True))
+    pairs = list(zip(pytree.tree_leaves(original), pytree.tree_leaves(value), strict=True))
     if any(is_transformed(t) for pair in pairs for t in pair):
         return
     for before, after in pairs:

@@ -273,12 +273,12 @@ def _start(flat: FlatProblem, evaluated: bool) -> Start:
         return Start(z, flat.system.at(z.detach(), flat.params, value), recorded)
 
 
-def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Runner:
+def _runner(solver: Solver, stated: System, compiled: Capture | None, recorded: int | None, keeps: bool) -> Runner:
     """The function that runs the solver: compiled if possible, else the eager loop.
 
     Args:
         solver: the solver.
-        own: the system that ``compiled`` belongs to.
+        stated: the system that ``compiled`` belongs to.
         compiled: the compiled form of the solve; ``None`` for none.
         recorded: number of last steps that autograd records, of a prescribed number.
         keeps: whether the solver's state is needed afterwards.
@@ -286,7 +286,7 @@ def _runner(solver: Solver, own: System, compiled: Capture | None, recorded: int
     eager = run_by(solver, recorded)
 
     def run(system: System, start: Start, params: Sequence[Tensor]) -> SolverResult:
-        if compiled is not None and system is own:
+        if compiled is not None and system is stated:
             outcome = compiled.solve(solver.leading, system, start.z, params)
             if outcome is not None:
                 if isinstance(solver, Polyalgorithm) and solver.steps is None:

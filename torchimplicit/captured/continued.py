@@ -90,7 +90,8 @@ def compiled_continuation(graph: Graph, way: Continuation, needs_grad: Sequence[
     if grads:
         backward_inputs = [u, *inputs, *intermediates]
         back = compiled(
-            part(traced, backward_inputs, grads, lambda node: node in late or is_view(node)), [_example(n) for n in backward_inputs]
+            part(traced, backward_inputs, grads, lambda node: node in late or is_view(node)),
+            [_example(n) for n in backward_inputs],
         )
     return Continued(compiled(forward, examples[1:]), back)
 

@@ -90,9 +90,9 @@ def iterate(
     loop = _Loop(solver, evaluate, evaluate(evaluate.project(z0)) if first is None else first, only, since=since)
     del first, z0  # free the start's memory once the loop has left it
     if isinstance(system, JointSystem) and not system.restated and solver.mixes_parts:
-        found = in_part_units(iterate, solver, system, loop.point, params, only)
-        if found is not None:
-            return found.having_spent(evaluate.rows_evaluated / len(found.z))
+        restated = in_part_units(iterate, solver, system, loop.point, params, only)
+        if restated is not None:
+            return restated.having_spent(evaluate.rows_evaluated / len(restated.z))
     units = first_units(system, loop.point, params) if loop.suspect and since is None else None
     if units is not None:
         outcome = solved_in(units, iterate, solver, system, loop.point.z, params, only)
@@ -289,8 +289,8 @@ class _Loop:
         state = solver.start(self.point)
         # Plain iteration needs nothing of a point but its image, which becomes the next state: the residual's memory is
         # freed before the next evaluation. A point that carries its error still knows the residual's norm.
-        told = self.point.error is not None and self.point.judgement is None
-        lean, nothing = solver.straight and self.judge.measure is None and told, None
+        judged = self.point.error is not None and self.point.judgement is None
+        lean, nothing = solver.straight and self.judge.measure is None and judged, None
         for step in range(1, solver.max_steps + 1):
             if self.active == 0:
                 break

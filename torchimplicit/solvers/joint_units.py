@@ -50,20 +50,20 @@ def in_part_units(
     every = torch.cat([torch.full_like(part[0], u) for part, u in zip(system.parts.split(first.z), units, strict=True)])
     per_leaf = torch.tensor(units, dtype=working_dtype(first.z.dtype), device=first.z.device)
     if solver.atol is not None:
-        given = pytree.tree_leaves(solver.atol)
+        tolerances = pytree.tree_leaves(solver.atol)
         assert system.leaves is not None
         assert system.leaves.spec is not None
-        atol = [a / u for a, u in zip(given if len(given) == 3 else given * 3, units, strict=True)]
+        atol = [a / u for a, u in zip(tolerances if len(tolerances) == 3 else tolerances * 3, units, strict=True)]
         changes["atol"] = pytree.tree_unflatten(atol, system.leaves.spec)
-    found = solve(replace(solver, **changes), system.in_part_units(*units), first.z / every, params, only=only)
-    state = found.state
+    outcome = solve(replace(solver, **changes), system.in_part_units(*units), first.z / every, params, only=only)
+    state = outcome.state
     if isinstance(state, BroydenState):
         state = BroydenState(state.inverse._replace(unit=widened(every)))
     return replace(
-        found.having_spent(1.0),
-        z=found.z * every,
-        trajectory=tuple(None if z is None else z * every for z in found.trajectory),
-        norm=None if found.norm is None else found.norm * per_leaf,
-        trace=tuple((norm * per_leaf, parts) for norm, parts in found.trace),
+        outcome.having_spent(1.0),
+        z=outcome.z * every,
+        trajectory=tuple(None if z is None else z * every for z in outcome.trajectory),
+        norm=None if outcome.norm is None else outcome.norm * per_leaf,
+        trace=tuple((norm * per_leaf, parts) for norm, parts in outcome.trace),
         state=state,
     )

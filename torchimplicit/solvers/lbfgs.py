@@ -40,7 +40,7 @@ class LeafUnits(NamedTuple):
         ``operator`` per leaf of these ``sizes``, along the gradient, or along ones where that is zero.
 
         The square of a length is the first one of :func:`first_length`, leaf by leaf."""
-        dtype, found = working_dtype(point.z.dtype), []
+        dtype, units = working_dtype(point.z.dtype), []
         hessian = operator.unprojected or operator
         residuals = point.residual.split(sizes, dim=1)
         for leaf, (r, z) in enumerate(zip(residuals, point.z.split(sizes, dim=1), strict=True)):
@@ -52,8 +52,8 @@ class LeafUnits(NamedTuple):
             curvature = safe_norm(widened(image))[:, None] / safe_norm(widened(probe))[:, None]
             linear = torch.where(size > 0, size, 1) / torch.where(still, 1, norm)
             square = torch.where((curvature > 0) & (curvature < torch.inf), 1 / curvature, linear)
-            found.append(square.sqrt().to(dtype).expand(r.shape))
-        length = torch.cat(found, dim=1)
+            units.append(square.sqrt().to(dtype).expand(r.shape))
+        length = torch.cat(units, dim=1)
         normal = None if operator.null is None else torch.nn.functional.normalize(operator.null * length, dim=1)
         return cls(length, normal)
 

@@ -159,16 +159,16 @@ def solved_in(
     if solver.atol is not None:
         changes["atol"] = pytree.tree_map(lambda a: a / residual, solver.atol)
     since = None if since is None else since / units.state
-    found = solve(replace(solver, **changes), restated, z0 / units.state, params, only=only, since=since)
+    outcome = solve(replace(solver, **changes), restated, z0 / units.state, params, only=only, since=since)
     system.anew(params)
     return replace(
-        found,
-        z=found.z * units.state,
-        trajectory=tuple(None if z is None else z * units.state for z in found.trajectory),
-        norm=None if found.norm is None else found.norm * residual,
-        trace=tuple((norm * residual, parts) for norm, parts in found.trace),
+        outcome,
+        z=outcome.z * units.state,
+        trajectory=tuple(None if z is None else z * units.state for z in outcome.trajectory),
+        norm=None if outcome.norm is None else outcome.norm * residual,
+        trace=tuple((norm * residual, parts) for norm, parts in outcome.trace),
         # an inverse of a fixed point's Jacobian has no unit
-        state=found.state if isinstance(system, FixedPointSystem) else None,
+        state=outcome.state if isinstance(system, FixedPointSystem) else None,
         units=units,
     )
 
