@@ -3,8 +3,8 @@
     python benchmarks/full_size.py
 
 Models have their published sizes and random weights. PyTorch's counter sees products of matrices and convolutions, two
-operations a multiply-add. A step's count is linear in its budgets: it is counted at the smallest ones for one sample,
-and continued to the published ones. A whole step of MDEQ-Tiny is counted beside that, and timed.
+operations a multiply-add. A step is made up of as many evaluations of the map and products with its Jacobian as the
+published budgets allow, and of what surrounds the equilibrium. Steps of MDEQ-Tiny are also run and timed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import record  # isort: skip  (first: it sets the number of threads)
 
@@ -22,14 +23,17 @@ from record import Row, Target
 from reversible import Living
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchimplicit.gradients import OneStep
 from torchimplicit.models import MDEQ, DEQTransformer
 from torchimplicit.nn import Equilibrium
 from torchimplicit.recipes.phantom import graphs, images, language
 from torchimplicit.recipes.runtime.run import quietly
 from torchimplicit.recipes.runtime.settings import Equilibria, Optimization
 from torchimplicit.recipes.runtime.task import gradient, solver
+from torchimplicit.solvers import FixedPointIteration
 
 torch.set_num_threads(1)
 
@@ -62,35 +66,83 @@ class Training:
     loss: Callable[[int], Tensor]
 
 
-def operations(call: Callable[[], Tensor]) -> float:
-    """Operations of a loss and its gradient."""
+@dataclass(frozen=True)
+class Counts:
+    """Operations for one sample: of an evaluation of the map; of a product with its Jacobian's transpose in the state;
+    of one in the parameters and the input too; of everything outside of the equilibrium, forward and backward."""
+
+    evaluation: float
+    product: float
+    parameters: float
+    outside: float
+
+    def step(self, settings: Equilibria) -> float:
+        """Of a step that uses its whole budgets."""
+        solve = self.outside + settings.solver_steps * self.evaluation
+        if settings.gradient == "implicit":
+            return solve + self.evaluation + settings.backward_steps * self.product + self.parameters
+        return solve + settings.phantom_steps * (self.evaluation + self.parameters)
+
+    def pretraining(self, settings: Equilibria) -> float:
+        """Of a step whose solver is replaced by a few evaluations that are differentiated."""
+        return self.outside + settings.pretrain_depth * (self.evaluation + self.parameters)
+
+
+def operations(call: Callable[[], Any]) -> float:
+    """Operations of a call, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter, quietly():
-        call().backward()
+        call()
     return float(counter.get_total_flops())
 
 
-def step(training: Training, settings: Equilibria, samples: int = 1) -> Callable[[], Tensor]:
-    """A training step with solvers that use their budgets up, but for the way back."""
+def layer_of(training: Training) -> Equilibrium:
+    """Its equilibrium."""
     (layer,) = (module for module in training.model.modules() if isinstance(module, Equilibrium))
-    settings = images.run_out(settings)
+    return layer
+
+
+def counted(training: Training) -> Counts:
+    """Count the parts of a step on one sample.
+
+    The counter does not see what runs in inference mode, as solves do: the map is evaluated once more by itself.
+    """
+    layer = layer_of(training)
+    layer.solver, layer.gradient = FixedPointIteration(max_steps=1), OneStep()
+    training.model.eval()  # dropout has no products, and its masks are drawn for a solve
+    seen: list[tuple[Any, ...]] = []
+
+    def note(cell: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not torch.is_inference_mode_enabled():
+            seen.append(inputs)
+
+    handle = layer.cell.register_forward_pre_hook(note)
+    whole = operations(lambda: training.loss(1).backward())
+    handle.remove()
+    given, tree = pytree.tree_flatten(seen[-1])
+    leaves = [leaf.detach().requires_grad_() if torch.is_tensor(leaf) else leaf for leaf in given]
+    inputs = pytree.tree_unflatten(leaves, tree)
+    with torch.no_grad():
+        evaluation = operations(lambda: layer.cell(*inputs))
+    image = pytree.tree_leaves(layer.cell(*inputs))
+    ones = [torch.ones_like(leaf) for leaf in image]
+    state = pytree.tree_leaves(inputs[0])
+    product = operations(lambda: torch.autograd.grad(image, state, ones, retain_graph=True))
+    everything = [leaf for leaf in leaves if torch.is_tensor(leaf)] + list(layer.cell.parameters())
+    parameters = operations(lambda: torch.autograd.grad(image, everything, ones, allow_unused=True))
+    return Counts(evaluation, product, parameters, whole - len(seen) * evaluation - parameters)
+
+
+def step(training: Training, settings: Equilibria, samples: int) -> Callable[[], None]:
+    """A training step with solvers that use their budgets up."""
+    layer, settings = layer_of(training), images.run_out(settings)
     layer.solver, layer.gradient = solver(settings), gradient(settings)
-    return lambda: training.loss(samples)
+    training.model.train()
 
+    def run() -> None:
+        with quietly():
+            training.loss(samples).backward()
 
-def counted(training: Training, settings: Equilibria) -> tuple[float, float, float]:
-    """Operations of one sample: an evaluation of the map, a step, and a step of pretraining."""
-
-    def at(solver_steps: int, backward: int) -> float:
-        few = replace(settings, solver_steps=solver_steps, backward_steps=backward, phantom_steps=backward)
-        return operations(step(training, few))
-
-    least = at(2, 2)
-    evaluation, back = at(3, 2) - least, at(2, 3) - least
-    most = settings.backward_steps if settings.gradient == "implicit" else settings.phantom_steps
-    whole = least + (settings.solver_steps - 2) * evaluation + (most - 2) * back
-    # of pretraining, the evaluations are differentiated: each with two products, in the state and in the parameters
-    outside = least - 2 * evaluation - 2 * back
-    return evaluation, whole, outside + settings.pretrain_depth * 3 * evaluation
+    return run
 
 
 def trainings(quick: bool) -> list[Training]:
@@ -133,14 +185,13 @@ def _language(normalization: str, implicit: str, phantom: str) -> Training:
     return Training(f"language-wikitext103, {normalization}LN", config.optimization, settings, model, loss)
 
 
-def rows_of(training: Training) -> list[Row]:
+def rows_of(training: Training, counts: Counts) -> list[Row]:
     """A row for each gradient."""
     found = []
     batch, steps = training.optimization.batch_size, training.optimization.steps
     for name, (settings, published) in training.settings.items():
-        evaluation, one, pretraining = counted(training, settings)
-        first = settings.pretrain_steps
-        total = batch * ((steps - first) * one + first * pretraining)
+        one, first = counts.step(settings), settings.pretrain_steps
+        total = batch * ((steps - first) * one + first * counts.pretraining(settings))
         back = settings.backward_steps if name == "implicit" else settings.phantom_steps
         found.append({
             "training": training.name,
@@ -148,7 +199,7 @@ def rows_of(training: Training) -> list[Row]:
             "batch": batch,
             "steps": steps,
             "budgets": f"{settings.solver_steps} / {back}",
-            "GFLOP an evaluation, a sample": evaluation / 1e9,
+            "GFLOP an evaluation, a sample": counts.evaluation / 1e9,
             "TFLOP a step": batch * one / 1e12,
             "EFLOP in all": total / 1e18,
             "GPU hours at 20 TFLOP/s (assumed)": total / SUSTAINED / 3600,
@@ -173,31 +224,34 @@ def ppi() -> Row:
     }
 
 
-def timed(training: Training) -> tuple[list[Row], float]:
-    """Steps of a small batch on this CPU, their memory, and the largest deviation of a whole step's count."""
-    rows, worst = [], 0.0
+def timed(training: Training, counts: Counts) -> list[Row]:
+    """Steps of a small batch on this CPU, and their memory and evaluations."""
+    rows: list[Row] = []
     scale = training.optimization.batch_size / TIMED_BATCH
+    cell = layer_of(training).cell
     for name, (settings, _) in training.settings.items():
-        _, predicted, _ = counted(training, settings)
-        worst = max(worst, abs(operations(step(training, settings)) / predicted - 1))
-        call, seconds = step(training, settings, TIMED_BATCH), []
-        with quietly():
-            for _ in range(TIMED_STEPS):
-                began = time.process_time()
-                call().backward()
-                seconds.append(time.process_time() - began)
-            with Living() as living:
-                step(training, settings, 1)().backward()
-        one = median(seconds)
+        call, seconds, calls = step(training, settings, TIMED_BATCH), [], [0]
+        for _ in range(1 + TIMED_STEPS):
+            began = time.process_time()
+            call()
+            seconds.append(time.process_time() - began)
+        one = median(seconds[1:])
+        handle = cell.register_forward_pre_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        with Living() as living:
+            step(training, settings, 1)()
+        handle.remove()
+        differentiated = 1 if name == "implicit" else settings.phantom_steps
         rows.append({
             "gradient": name,
+            "evaluations": calls[0],
+            "evaluations counted": settings.solver_steps + differentiated,
             f"s a step of {TIMED_BATCH}": one,
-            "GFLOP/s": TIMED_BATCH * predicted / one / 1e9,
+            "GFLOP/s": TIMED_BATCH * counts.step(settings) / one / 1e9,
             "s a step of 128, scaled": scale * one,
             "days in all, scaled": scale * one * training.optimization.steps / 86400,
             "MiB a sample": living.peak / 2**20,
         })  # fmt: skip
-    return rows, worst
+    return rows
 
 
 def main() -> None:
@@ -206,9 +260,11 @@ def main() -> None:
     load = os.getloadavg()
     torch.manual_seed(options.seed)
     chosen = trainings(options.quick)
-    counts = [row for training in chosen for row in rows_of(training)]
-    measured, worst = timed(chosen[0])
-    titles = {"Counts": [*counts, ppi()], "MDEQ-Tiny on this CPU": measured}
+    counts = [counted(training) for training in chosen]
+    rows = [row for training, one in zip(chosen, counts, strict=True) for row in rows_of(training, one)]
+    measured = timed(chosen[0], counts[0])
+    worst = max(abs(row["evaluations"] / row["evaluations counted"] - 1) for row in measured)
+    titles = {"Counts": [*rows, ppi()], "MDEQ-Tiny on this CPU": measured}
     record.record(
         "full_size",
         options,
@@ -217,8 +273,10 @@ def main() -> None:
             "samples": f"an image, a segment of 150 words, or a graph of {NODES} nodes and {EDGES} edges",
         },
         rows=titles,
-        columns={title: list(rows[0]) for title, rows in titles.items()},
-        targets=[Target("a whole step of MDEQ-Tiny beside its count, relative deviation", worst, "<=", 0.02)],
+        columns={title: list(part[0]) for title, part in titles.items()},
+        targets=[
+            Target("evaluations in a step of MDEQ-Tiny beside those counted, relative deviation", worst, "<=", 0.1)
+        ],
         notes=[
             "Counted: products of matrices and convolutions. Not counted: elementwise operations, normalizations, "
             "optimizer, validation, and the rest of what limits a GPU.",
@@ -229,6 +287,7 @@ def main() -> None:
             "The Jacobian regularization of preLN (with probability 0.4 a step) is not counted.",
             f"Seconds of CPU time, one thread, random weights, {TIMED_BATCH} samples, medians of {TIMED_STEPS}; those "
             "of 128 samples and of a training are scaled from them.",
+            "Evaluations of the map beside those counted: the solver's last check of its result is not counted.",
             "MiB: the most that the results of operations hold at once, for one sample, without parameters.",
         ],
         load_before=load,

@@ -296,7 +296,7 @@ class Machine:
     """Device to train on; auto uses a GPU if there is one."""
 
     devices: int = 1
-    """Number of GPUs, or of CPU processes, among which each batch is divided."""
+    """Number of GPUs, or of CPU processes, among which each batch is divided. torchrun and srun set it."""
 
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     """Precision of the model. The mixed ones use autocast, and 16-mixed also a gradient scaler."""
