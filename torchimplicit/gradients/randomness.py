@@ -107,5 +107,5 @@ _memories: weakref.WeakKeyDictionary[Any, _Memory] = weakref.WeakKeyDictionary()
 
 def _drawn(device: torch.device) -> Tensor:
     """The part of the state of the default generator of ``device`` that changes with every number drawn: its position,
-    and the first words of its buffer. Comparing the whole state would take longer."""
-    return (torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())[:64]
+    and the first words of its buffer; a copy, which does not keep the whole state alive."""
+    return (torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())[:64].clone()

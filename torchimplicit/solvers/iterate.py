@@ -302,10 +302,10 @@ class _Loop:
             move = solver.step(self.evaluate, self.point, state, progress)
             state = move.state
             if lean and self.best is self.point:
-                z = self.point.z
-                if nothing is None or nothing.shape != z.shape:  # the first time, or samples have left the batch
-                    nothing = z.new_zeros(1, 1).expand_as(z)
-                self.best = self.point = self.point.changed(residual=nothing, image=z)
+                # no local name for the state: it would stay alive during the next evaluation
+                if nothing is None or nothing.shape != self.point.z.shape:  # at first, or where samples have left
+                    nothing = self.point.z.new_zeros(1, 1).expand_as(self.point.z)
+                self.best = self.point = self.point.changed(residual=nothing, image=self.point.z)
             self._advance(move.to)
             if solver.keep_trace:
                 trace.append(traced(self.point))
