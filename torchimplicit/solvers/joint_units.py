@@ -43,7 +43,7 @@ def in_part_units(
         weights = system.weights(after_step, first.z, first.residual)
         size = largest(system.parts.split(after_step.image)[0]) if after_step.image is not None else 0.0
         sizes = size / weights.log().mean(dim=0).exp()
-    units = [float(s) if 0 < float(s) < math.inf else 0.0 for s in sizes]
+    units = sizes.tolist()
     if not all(0 < unit < math.inf for unit in units):
         return None
     changes: dict[str, Any] = {}
@@ -59,11 +59,4 @@ def in_part_units(
     state = outcome.state
     if isinstance(state, BroydenState):
         state = BroydenState(state.inverse._replace(unit=widened(every)))
-    return replace(
-        outcome.having_spent(1.0),
-        z=outcome.z * every,
-        trajectory=tuple(None if z is None else z * every for z in outcome.trajectory),
-        norm=None if outcome.norm is None else outcome.norm * per_leaf,
-        trace=tuple((norm * per_leaf, parts) for norm, parts in outcome.trace),
-        state=state,
-    )
+    return replace(outcome.having_spent(1.0).multiplied(every, per_leaf), state=state)

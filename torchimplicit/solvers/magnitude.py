@@ -162,11 +162,7 @@ def solved_in(
     outcome = solve(replace(solver, **changes), restated, z0 / units.state, params, only=only, since=since)
     system.anew(params)
     return replace(
-        outcome,
-        z=outcome.z * units.state,
-        trajectory=tuple(None if z is None else z * units.state for z in outcome.trajectory),
-        norm=None if outcome.norm is None else outcome.norm * residual,
-        trace=tuple((norm * residual, parts) for norm, parts in outcome.trace),
+        outcome.multiplied(units.state, residual),
         # an inverse of a fixed point's Jacobian has no unit
         state=outcome.state if isinstance(system, FixedPointSystem) else None,
         units=units,

@@ -47,6 +47,16 @@ class SolverResult:
     turns: tuple[Turn, ...] = ()
     units: Units | None = None
 
+    def multiplied(self, state: float | Tensor, residual: float | Tensor) -> SolverResult:
+        """This outcome in other units: its states times ``state``, its residuals' norms times ``residual``."""
+        return replace(
+            self,
+            z=self.z * state,
+            trajectory=tuple(None if z is None else z * state for z in self.trajectory),
+            norm=None if self.norm is None else self.norm * residual,
+            trace=tuple((norm * residual, parts) for norm, parts in self.trace),
+        )
+
     def having_spent(self, evaluations: float) -> SolverResult:
         """The same result with ``evaluations`` (of the whole batch) added to its count."""
         return replace(self, report=replace(self.report, evaluations=self.report.evaluations + evaluations))
