@@ -17,10 +17,9 @@ from torchimplicit.recipes.density import finetuning, molecules, single, stabili
 from torchimplicit.recipes.density.chemistry import distorted, named
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
-from torchimplicit.recipes.registry import runner, settings
+from torchimplicit.recipes.registry import runner
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.jobs import prepare
-from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan, Runs
 
 H2 = Path(__file__).parents[1] / "data" / "h2.npz"
@@ -57,19 +56,6 @@ def well_formed(summary, runs):
     assert len({drawing.name for drawing in summary.drawings}) == len(summary.drawings)
 
 
-@pytest.mark.parametrize("name", ["ofdft-single", "ofdft-molecules", "ofdft-stability", "ofdft-finetune"])
-def test_jobs_are_sound(name):
-    config = settings(name)
-    tables = {"ofdft-single": single, "ofdft-molecules": molecules, "ofdft-stability": stability}
-    made = {**tables, "ofdft-finetune": finetuning}[name]
-    jobs = made.jobs(config)
-    assert len({job.name for job in jobs}) == len(jobs)
-    assert len(jobs) % config.plan.seeds == 0
-    for job in jobs:
-        assert type(settings(job.recipe)) is type(job.config)
-        assert from_plain(type(job.config), json.loads(json.dumps(to_plain(job.config)))) == job.config
-
-
 def test_one_molecule(folder, tmp_path):
     config = single.SingleConfig(
         plan=Plan(seeds=1), molecule="H2", optimizers=("l-bfgs",), l_bfgs_iterations=1, grid=1, data_dir=folder
@@ -83,7 +69,6 @@ def test_one_molecule(folder, tmp_path):
     assert len(summary.claims) == 3
     one = dict(list(runs.items())[:1])
     assert any("1 of 2 runs are missing" in note for note in single.TABLE.summarize(config, one).notes)
-    assert not single.TABLE.summarize(config, {}).sheets
 
 
 def test_claims_of_one_molecule_follow_the_figures():
@@ -163,9 +148,9 @@ def test_settings_that_make_no_sense():
         single.SingleConfig(estimators=("implicit", "implicit"))
     with pytest.raises(UserError, match="takes 16 of --qm9-limit 12 away"):
         molecules.MoleculesConfig(qm9_limit=12)
-    with pytest.raises(UserError, match="no row 'newton'; the rows are gauss-newton"):
+    with pytest.raises(UserError, match="no row newton; the rows are gauss-newton"):
         molecules.jobs(molecules.MoleculesConfig(rows=("newton",)))
-    with pytest.raises(UserError, match="no row 'sgd'; the rows are l-bfgs-plain"):
+    with pytest.raises(UserError, match="no row sgd; the rows are l-bfgs-plain"):
         stability.jobs(stability.StabilityConfig(rows=("sgd",)))
     with pytest.raises(UserError, match="row 'l-bfgs-hessian' has a loss that is drawn at random"):
         stability.jobs(stability.StabilityConfig(rows=("l-bfgs-hessian",)))
@@ -189,7 +174,7 @@ def test_a_remedy_where_nothing_ails_is_not_tested():
             }
             for row, count in zip(("l-bfgs-plain", "l-bfgs-floor"), counts, strict=True)
         }
-        return stability.claims(config, Runs.made_by(stability.jobs(config), figures))[-1].verdict
+        return [*stability.claims(config, Runs.made_by(stability.jobs(config), figures))][-1].verdict
 
     assert [verdict(100, 90), verdict(1000, 200), verdict(1000, 900)] == ["Not tested", "Holds", "Fails"]
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -18,10 +17,10 @@ from torchimplicit.recipes.density.chemistry import Atom, Geometry, from_angstro
 from torchimplicit.recipes.density.compute import kohn_sham, superposition, unsolved
 from torchimplicit.recipes.density.forces import forces
 from torchimplicit.recipes.density.integrals import made, need_pyscf
-from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import ChemistrySettings, MoleculeFiles, Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.run import Run, threads
-from torchimplicit.recipes.runtime.settings import not_negative, positive
+from torchimplicit.recipes.runtime.settings import own_first, positive
 from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Line, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
@@ -71,8 +70,9 @@ SERIES: dict[str, Callable[[int], Geometry]] = {"alkanes": alkane, "waters": wat
 # -- One molecule ------------------------------------------------------------------------------------------------------
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
-class MeasurementConfig:
+class MeasurementConfig(MoleculeFiles):
     """One molecule of a series: its density from a functional, and a Kohn-Sham calculation."""
 
     series: str = "waters"
@@ -81,14 +81,8 @@ class MeasurementConfig:
     count: int = 1
     """Size of the molecule: carbon atoms of an alkane, or number of water molecules."""
 
-    grid: int = 1
-    """Level of the functional's integration grid, 0 to 9. The Kohn-Sham calculation uses PySCF's own, 3."""
-
     memory: float = 1.0
     """Memory for values of basis functions, in gigabytes."""
-
-    data_dir: Path | None = None
-    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +113,7 @@ class Measured:
     cycles: int
 
 
-def measurement() -> MeasurementConfig:
-    """One molecule of water."""
-    return MeasurementConfig()
-
-
-class MeasurementRunner:
+class Measuring:
     """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
 
     def check(self, config: MeasurementConfig) -> None:
@@ -141,7 +130,7 @@ class MeasurementRunner:
         self.train(config, run, console)
 
 
-RUNNER = MeasurementRunner()
+RUNNER = Measuring()
 
 
 def measured(config: MeasurementConfig) -> Measured:
@@ -192,8 +181,9 @@ def timed(do: Callable[[], T]) -> tuple[T, float]:
 # -- The table ---------------------------------------------------------------------------------------------------------
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
-class CostConfig:
+class CostConfig(MoleculeFiles):
     """Alkanes and water clusters of increasing size."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=1))
@@ -204,23 +194,12 @@ class CostConfig:
     waters: tuple[int, ...] = (1, 2, 4, 8)
     """Sizes of the water clusters, in molecules."""
 
-    grid: int = 1
-    """Level of the integration grid, 0 to 9."""
-
     memory: float = 1.0
     """Memory for values of basis functions, in gigabytes."""
 
-    data_dir: Path | None = None
-    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "memory")
-        not_negative(self, "grid")
-
-
-def default() -> CostConfig:
-    """The table."""
-    return CostConfig()
 
 
 def jobs(config: CostConfig) -> list[Job]:

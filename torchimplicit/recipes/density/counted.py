@@ -33,27 +33,26 @@ class Counted:
     l_bfgs_after: list[Quality]
 
 
-class CountedRunner:
-    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+# -- The runner; see :class:`torchimplicit.recipes.runtime.run.Runner` -------------------------------------------------
 
-    def check(self, config: CountedTraining) -> None:
-        """Check the training's settings."""
-        runner.check(config.training)
 
-    def train(self, config: CountedTraining, run: Run, console: Console) -> bool:
-        """Train, or resume training, then count."""
-        done = runner.train(config.training, run, console)
-        if done:
-            run.write_json("counted.json", counted(config, run.best))
-        return done
+def check(config: CountedTraining) -> None:
+    """Check the training's settings."""
+    runner.check(config.training)
 
-    def evaluate(self, config: CountedTraining, run: Run, console: Console) -> None:
-        """Measure the weights again, and count again."""
-        runner.evaluate(config.training, run, console)
+
+def train(config: CountedTraining, run: Run, console: Console) -> bool:
+    """Train, or resume training, then count."""
+    done = runner.train(config.training, run, console)
+    if done:
         run.write_json("counted.json", counted(config, run.best))
+    return done
 
 
-RUNNER = CountedRunner()
+def evaluate(config: CountedTraining, run: Run, console: Console) -> None:
+    """Measure the weights again, and count again."""
+    runner.evaluate(config.training, run, console)
+    run.write_json("counted.json", counted(config, run.best))
 
 
 def counted(config: CountedTraining, weights: Path) -> Counted:

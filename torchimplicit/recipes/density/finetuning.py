@@ -5,26 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density.learning_settings import Finetuning, Kind, Pretraining, Schooling, Stepping
-from torchimplicit.recipes.density.results import PRECISION, labelled, missing, shown, summary, told
+from torchimplicit.recipes.density.results import PRECISION, cell, labelled, missing, shown, summary, told
 from torchimplicit.recipes.density.settings import Molecules
 from torchimplicit.recipes.runtime import table
-from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import known_rows, positive
-from torchimplicit.recipes.runtime.table import (
-    CaptionedFigure,
-    Cell,
-    Claim,
-    Job,
-    Line,
-    Plan,
-    Published,
-    Runs,
-    TitledTable,
-)
+from torchimplicit.recipes.runtime.settings import different, known_rows, positive
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Line, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
@@ -130,13 +120,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         positive(self, "labels", "pretraining_steps", "finetuning_steps", "finetuning_rate", "descent_steps")
         known_rows(self.rows, list(WAYS))
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise UserError("--kinds must be different names, at least one")
-
-
-def default() -> FinetuneConfig:
-    """The table."""
-    return FinetuneConfig()
+        different(self, "kinds")
 
 
 def schooled(config: FinetuneConfig, kind: Kind, seed: int) -> Schooling:
@@ -257,40 +241,29 @@ def sheets(config: FinetuneConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def _pretraining(kinds: list[Kind], runs: Runs) -> TitledTable:
-    def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
-        return lambda kind: told(runs.of(kind, f"pretrained.{path}"), digits, scale)
-
+    of = partial(cell, runs)
     cells = [
         Cell[Kind]("Network gives", lambda kind: KINDS[kind]),
-        Cell("L", of("test.loss", 3, 1e3), "10⁻³", "of the test molecules, each from the superposition of atoms"),
-        Cell("L1 per electron", of("test.l1")),
-        Cell("L, finer grid", of("test.finer_loss", 3, 1e3), "10⁻³"),
-        Cell("ΔE", of("test.energy_error", 3, 1e3), "mHa", "at the minimum"),
-        Cell("Better than MINAO", of("test.better", 3, 100), "%", "in L and L1, on the finer grid too"),
-        Cell("Spurious minima", of("spurious", 3, 100), "%",
+        Cell("L", of("pretrained.test.loss", 3, 1e3), "10⁻³",
+             "of the test molecules, each from the superposition of atoms"),
+        Cell("L1 per electron", of("pretrained.test.l1")),
+        Cell("L, finer grid", of("pretrained.test.finer_loss", 3, 1e3), "10⁻³"),
+        Cell("ΔE", of("pretrained.test.energy_error", 3, 1e3), "mHa", "at the minimum"),
+        Cell("Better than MINAO", of("pretrained.test.better", 3, 100), "%", "in L and L1, on the finer grid too"),
+        Cell("Spurious minima", of("pretrained.spurious", 3, 100), "%",
              "converged, and more than 50 mHa per electron or twice MINAO's L away"),
-        Cell("Unconverged", of("test.unconverged", 3, 100), "%"),
-        Cell("Inner steps", of("test.mean_steps", 2)),
-        Cell("Weights", of("weights", 6)),
-        Cell("Time", of("seconds", 2), "s", "of the processor, in the optimizer"),
+        Cell("Unconverged", of("pretrained.test.unconverged", 3, 100), "%"),
+        Cell("Inner steps", of("pretrained.test.mean_steps", 2)),
+        Cell("Weights", of("pretrained.weights", 6)),
+        Cell("Time", of("pretrained.seconds", 2), "s", "of the processor, in the optimizer"),
     ]  # fmt: skip
     below = []
-    for kind in kinds:
-        starts = runs.of(kind, "pretrained.start.loss")
-        if starts:
-            below.append(
-                [
-                    "nothing: linear terms alone",
-                    told(starts, 3, 1e3),
-                    told(runs.of(kind, "pretrained.start.l1")),
-                    told(runs.of(kind, "pretrained.start.finer_loss"), 3, 1e3),
-                    told(runs.of(kind, "pretrained.start.energy_error"), 3, 1e3),
-                    told(runs.of(kind, "pretrained.start.better"), 3, 100),
-                ]
-            )
-            break
-    guess = runs.of(kinds[0], "pretrained.test.guess_loss"), runs.of(kinds[0], "pretrained.test.guess_l1")
-    below.append(["superposition of atoms (MINAO)", told(guess[0], 3, 1e3), told(guess[1])])
+    for kind in [kind for kind in kinds if runs.of(kind, "pretrained.start.loss")][:1]:
+        scales = {"loss": 1e3, "l1": 1.0, "finer_loss": 1e3, "energy_error": 1e3, "better": 100.0}
+        starts = [of(f"pretrained.start.{name}", 3, scale)(kind) for name, scale in scales.items()]
+        below.append(["nothing: linear terms alone", *starts])
+    guess = [of("pretrained.test.guess_loss", 3, 1e3)(kinds[0]), of("pretrained.test.guess_l1")(kinds[0])]
+    below.append(["superposition of atoms (MINAO)", *guess])
     return table.sheet("Pre-training: test molecules", kinds, cells, below)
 
 
@@ -498,29 +471,27 @@ def protocol(config: FinetuneConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: FinetuneConfig, runs: Runs) -> list[str]:
+def notes(config: FinetuneConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    sentences = []
     if "potential" in config.kinds:
-        sentences.append(
+        yield (
             "The external potential is linear in the density: the functional is as convex as Thomas, Fermi and von "
             "Weizsäcker's, and has one minimum. It has learned a potential for each geometry, not a functional."
         )
     if "density" in config.kinds:
-        sentences.append("A density at once has no energy.")
-    counts = runs.of(config.kinds[0], "pretrained.count")
-    if counts:
-        sentences.append(f"{shown(counts[0], 2)} test molecules.")
+        yield "A density at once has no energy."
+    if counts := runs.of(config.kinds[0], "pretrained.count"):
+        yield f"{shown(counts[0], 2)} test molecules."
     for line in runs:
         wanted = [] if line["row"] == "density" else [*config.rows, "pretrained-longer"]
         if lacking := [way for way in wanted if line[_key(way)] is None]:
-            sentences.append(f"{KINDS[line['row']]}, seed {line['seed']}: {', '.join(lacking)} not done.")
-    return sentences + missing(len(jobs(config)), runs)
+            yield f"{KINDS[line['row']]}, seed {line['seed']}: {', '.join(lacking)} not done."
+    yield from missing(len(jobs(config)), runs)
 
 
 def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """The validation molecules during fine-tuning."""
-    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes, legend_beside
 
     kinds = [kind for kind in config.kinds if kind != "density" and _lines(runs, kind, "")]
     if not kinds:
@@ -539,22 +510,16 @@ def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> 
                     label=None if number else WAYS[way].label,
                 )
         panel.set(title=KINDS[kind], xlabel="step", ylabel="10³ L, validation molecules")
-    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(panels[-1])
     yield CaptionedFigure(
         "validation", figure, "The validation molecules along fine-tuning, by the way; a line a seed."
     )
 
 
-TABLE = Published(
-    title="Density functionals pre-trained, then fine-tuned by their minima",
-    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): pre-trained on "
+TABLE = table.published(
+    globals(),
+    "Density functionals pre-trained, then fine-tuned by their minima",
+    "Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): pre-trained on "
     "labels, fine-tuned on one molecule by equilibrium propagation; with several molecules the fixed-point search took "
     "longer and longer; no figures. Those here are ours.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from torchimplicit.recipes.density.settings import EstimatorName, Molecules, OrbitalFreeTraining
-from torchimplicit.recipes.runtime.settings import not_negative, positive
+from torchimplicit.recipes.runtime.settings import not_negative, own_first, positive
 
 Kind = Literal["potential", "functional", "density"]
 """What the network predicts: an external potential from the geometry and the superposition of atoms (the functional
@@ -70,6 +70,7 @@ class Learning:
         not_negative(self, "seed", "threads")
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
 class Pretraining(Learning):
     """Train a density functional on densities, energies and slopes of Kohn-Sham calculations, without minimizing it."""
@@ -146,6 +147,7 @@ class Pretraining(Learning):
         )
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
 class Finetuning(Learning):
     """Fine-tune a pre-trained density functional on the densities at its minima."""
@@ -232,18 +234,3 @@ class Schooling:
 
     longer: bool = True
     """Also pre-train for as long as pre-training and the first variant took together."""
-
-
-def pretraining() -> Pretraining:
-    """H2, H2O, NH3 and CH4 with distorted copies."""
-    return Pretraining()
-
-
-def finetuning() -> Finetuning:
-    """Fine-tuning from a named run."""
-    return Finetuning()
-
-
-def schooling() -> Schooling:
-    """One run of the table."""
-    return Schooling()

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from math import nan
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from torchimplicit.recipes.density import results
 from torchimplicit.recipes.density.results import (
     INNER_STEPS,
     PRECISION,
-    figures,
+    cell,
     labelled,
     missing,
-    molecules,
     ratio,
     shown,
+    there,
     told,
 )
-from torchimplicit.recipes.density.settings import OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import MoleculeFiles, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import not_negative, option, positive
-from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Published, Runs, TitledTable
+from torchimplicit.recipes.runtime.settings import different, known_rows, not_negative, own_first, positive
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,8 +76,9 @@ ROWS = {
 """The rows, by the names of their runs."""
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
-class MoleculesConfig:
+class MoleculesConfig(MoleculeFiles):
     """Four molecules in new geometries, with three optimizers and four losses; then molecules of QM9, some held out."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
@@ -120,42 +123,25 @@ class MoleculesConfig:
     qm9_seconds: float = 1500.0
     """CPU time for the QM9 row, in seconds."""
 
-    grid: int = 1
-    """Level of the integration grid, 0 to 9."""
-
     processes: int = 1
     """Processes per run, among which its molecules are divided. The time counted is that of the first, which has the
     largest share."""
 
-    data_dir: Path | None = None
-    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "seconds", "distort", "learning_rate", "energy_weight", "qm9_held_out", "qm9_seconds")
         positive(self, "validation_copies", "test_copies", "processes")
-        not_negative(self, "train_copies", "qm9_limit", "grid")
-        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, at least one")
+        not_negative(self, "train_copies", "qm9_limit")
+        different(self, "molecules")
+        known_rows(self.rows, list(ROWS))
         if self.qm9_limit and self.qm9_limit <= 2 * self.qm9_held_out:
             raise UserError(
                 f"--qm9-held-out {self.qm9_held_out} takes {2 * self.qm9_held_out} of --qm9-limit {self.qm9_limit} away"
             )
 
 
-def default() -> MoleculesConfig:
-    """The table."""
-    return MoleculesConfig()
-
-
 def rows_of(config: MoleculesConfig) -> dict[str, Row]:
-    """The rows that are asked for.
-
-    Raises:
-        UserError: one that there is not.
-    """
-    unknown = [name for name in config.rows if name not in ROWS]
-    if unknown:
-        raise UserError(f"there is no row '{unknown[0]}'; the rows are {', '.join(ROWS)}")
+    """The rows that are asked for."""
     asked = config.rows or tuple(ROWS)
     return {name: row for name, row in ROWS.items() if name in asked and (config.qm9_limit or not row.qm9)}
 
@@ -163,19 +149,13 @@ def rows_of(config: MoleculesConfig) -> dict[str, Row]:
 def settings_of(config: MoleculesConfig, row: Row, seed: int) -> OrbitalFreeTraining:
     """The settings of a run. The seed determines the weights, and the geometries or the held-out molecules."""
     if row.qm9:
-        chosen = molecules(
-            config.qm9,
-            grid=config.grid,
-            data_dir=config.data_dir,
-            limit=config.qm9_limit,
-            held_out=config.qm9_held_out,
-            geometry_seed=seed,
+        chosen = results.molecules(
+            config, config.qm9, limit=config.qm9_limit, held_out=config.qm9_held_out, geometry_seed=seed
         )
     else:
-        chosen = molecules(
+        chosen = results.molecules(
+            config,
             *config.molecules,
-            grid=config.grid,
-            data_dir=config.data_dir,
             distort=config.distort,
             train_copies=config.train_copies,
             validation_copies=config.validation_copies,
@@ -215,9 +195,7 @@ def jobs(config: MoleculesConfig) -> list[Job]:
 # -- what the runs come to ---------------------------------------------------------------------------------------------
 
 
-def there(config: MoleculesConfig, runs: Runs) -> list[str]:
-    """The rows that have a run."""
-    return [name for name in rows_of(config) if runs.where(row=name)]
+figures = results.figures
 
 
 def better(runs: Runs, row: str, split: str = "test") -> float:
@@ -226,21 +204,28 @@ def better(runs: Runs, row: str, split: str = "test") -> float:
     return sum(one["better"] * one["count"] for one in shares) / sum(one["count"] for one in shares)
 
 
-def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
+def kinds(config: MoleculesConfig, runs: Runs) -> tuple[list[str], list[str]]:
+    """The rows that have a run: those of the four molecules, and those of QM9."""
+    rows = there(rows_of(config), runs)
+    return [name for name in rows if not ROWS[name].qm9], [name for name in rows if ROWS[name].qm9]
+
+
+def sheets(config: MoleculesConfig, runs: Runs) -> Iterator[TitledTable]:
     """Tables of the four molecules, of QM9, and of the first row molecule by molecule."""
-    tables = []
-    for qm9, title in ((False, f"{', '.join(config.molecules)}: new geometries"), (True, "QM9: new molecules")):
-        if rows := [name for name in there(config, runs) if ROWS[name].qm9 == qm9]:
-            tables.append(quality(config, title, rows, runs))
-    for name in there(config, runs)[:1]:
+    four, qm9 = kinds(config, runs)
+    if four:
+        yield quality(config, f"{', '.join(config.molecules)}: new geometries", four, runs)
+    if qm9:
+        yield quality(config, "QM9: new molecules", qm9, runs)
+    for name in [*four, *qm9][:1]:
         line = runs.where(row=name)[0]
         title = f"{ROWS[name].label}, seed {line['seed']}: molecule by molecule"
         every = [(split, one) for split in ("train", "test") for one in line[f"molecules.{split}"] or ()]
 
-        def of(figure: str, scale: float = 1.0) -> Any:
+        def of(figure: str, scale: float = 1.0) -> Callable[[tuple[str, Any]], str]:
             return lambda pair: shown(scale * pair[1][figure], 3)
 
-        tables.append(table.sheet(title, every, [
+        yield table.sheet(title, every, [
             Cell("Molecule", lambda pair: f"{pair[1]['name']} ({pair[0]})"),
             Cell("Basis functions", lambda pair: str(pair[1]["size"])),
             Cell("L", of("loss", 1e3), "10⁻³"),
@@ -249,16 +234,12 @@ def sheets(config: MoleculesConfig, runs: Runs) -> list[TitledTable]:
             Cell("L1, MINAO", of("guess_l1")),
             Cell("Energy error", of("energy_error", 1e3), "mHa"),
             Cell("Inner steps", lambda pair: f"{pair[1]['steps']}{'' if pair[1]['converged'] else ', not converged'}"),
-        ]))  # fmt: skip
-    return tables
+        ])  # fmt: skip
 
 
 def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) -> TitledTable:
     """A table of the rows; below them, before training and the superposition of atoms."""
-
-    def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
-        return lambda name: told(runs.of(name, path), digits, scale)
-
+    of = partial(cell, runs)
     checked = any(runs.of(name, "test.finer_loss") for name in rows)
     finer = [
         Cell[str]("as trained", of("test.trained_energy_error", 3, 1e3), "mHa", "by the constants that training had"),
@@ -305,19 +286,20 @@ def quality(config: MoleculesConfig, title: str, rows: list[str], runs: Runs) ->
     return table.sheet(title, rows, cells, [*below, ["superposition of atoms (MINAO)", table.NONE, *guess]])
 
 
-def claims(config: MoleculesConfig, runs: Runs) -> list[Claim]:
+def claims(config: MoleculesConfig, runs: Runs) -> Iterator[Claim]:
     """Test whether the targets are met, then the comparisons between rows."""
-    rows = there(config, runs)
-    claims_of_rows = []
+    rows = there(rows_of(config), runs)
     for name in ("gauss-newton", "energy", "qm9"):
         if name in rows:
-            claims_of_rows += [fitted(runs, name), tested(runs, name)]
+            yield fitted(runs, name)
+            yield tested(runs, name)
     if "gauss-newton" in rows:
-        claims_of_rows += [ahead(runs, name) for name in ("l-bfgs", "adam") if name in rows]
+        yield from (ahead(runs, name) for name in ("l-bfgs", "adam") if name in rows)
         if "energy" in rows:
-            claims_of_rows.append(energies(runs))
-    pairs = [("gauss-newton", "linear"), ("qm9", "qm9-linear")]
-    return claims_of_rows + [learned(runs, *pair) for pair in pairs if rows and set(pair) <= set(rows)]
+            yield energies(runs)
+    for whole, linear in (("gauss-newton", "linear"), ("qm9", "qm9-linear")):
+        if {whole, linear} <= set(rows):
+            yield learned(runs, whole, linear)
 
 
 def fitted(runs: Runs, name: str) -> Claim:
@@ -334,7 +316,7 @@ def tested(runs: Runs, name: str) -> Claim:
     """The number of test molecules whose densities beat the superposition of atoms."""
     every = [one for by_seed in runs.of(name, "molecules.test") for one in by_seed]
     what = "molecules that training has not seen" if ROWS[name].qm9 else "test geometries"
-    below = [fmean(one[f] < one[f"guess_{f}"] for one in every) if every else float("nan") for f in ("loss", "l1")]
+    below = [fmean(one[f] < one[f"guess_{f}"] for one in every) if every else nan for f in ("loss", "l1")]
     return Claim(
         f"{ROWS[name].label}: L and L1 per electron are both below those of the superposition of atoms (MINAO) on at "
         f"least {100 * SHARE:.0f} % of the {what}",
@@ -416,56 +398,50 @@ def protocol(config: MoleculesConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: MoleculesConfig, runs: Runs) -> list[str]:
+def notes(config: MoleculesConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    sentences = [
+    yield (
         "L is dominated by the cores, where the density is high; L1 is not. A loss without its tails can fall many "
-        "times while L1 does not move, so both are told.",
+        "times while L1 does not move, so both are told."
+    )
+    yield (
         "The energy of a functional that is trained by densities alone is free to drift: nothing holds it. With the "
         "energy term its derivative in the weights needs no adjoint (the envelope theorem). No claim of chemical "
-        "accuracy (1.6 mHa) is made.",
-    ]
-    rejected = sum(runs.column("rejected"))
-    if rejected:
-        sentences.append(f"{rejected} evaluations met a density that was not found within the budget.")
-    return sentences + missing(len(jobs(config)), runs)
+        "accuracy (1.6 mHa) is made."
+    )
+    if rejected := sum(runs.column("rejected")):
+        yield f"{rejected} evaluations met a density that was not found within the budget."
+    yield from missing(len(jobs(config)), runs)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
+def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Figures of the four molecules, and of QM9, as far as there are runs."""
-    rows = there(config, runs)
-    four, qm9 = ([name for name in rows if ROWS[name].qm9 == kind] for kind in (False, True))
-    figures = []
+    four, qm9 = kinds(config, runs)
     if four:
-        figures.append(
-            CaptionedFigure(
-                "along-training",
-                along(runs, four),
-                "The training molecules' error against the processor's time, a line a seed: L left, L1 per electron "
-                "right; dotted is the superposition of atoms of the first seed.",
-            )
+        yield CaptionedFigure(
+            "along-training",
+            along(runs, four),
+            "The training molecules' error against the processor's time, a line a seed: L left, L1 per electron "
+            "right; dotted is the superposition of atoms of the first seed.",
         )
         chosen = [name for name in four if name in ("gauss-newton", "energy", "slides")] or four[:3]
-        figures.append(
-            CaptionedFigure(
-                "test",
-                against_guess(runs, chosen),
-                "Test geometries of all seeds: L and L1 per electron over those of the superposition of atoms. Below "
-                "and left of the lines both are better. Hollow: before training, with the linear term fitted.",
-            )
+        yield CaptionedFigure(
+            "test",
+            against_guess(runs, chosen),
+            "Test geometries of all seeds: L and L1 per electron over those of the superposition of atoms. Below "
+            "and left of the lines both are better. Hollow: before training, with the linear term fitted.",
         )
     if qm9:
         caption = "Molecules of QM9 that training has not seen, likewise."
-        figures.append(CaptionedFigure("qm9", against_guess(runs, qm9), caption))
-    return figures
+        yield CaptionedFigure("qm9", against_guess(runs, qm9), caption)
 
 
 def along(runs: Runs, rows: list[str]) -> Figure:
     """The figure, in two panels with a line per run."""
-    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes, legend_beside
 
     figure, panels = axes(2, width=4.9, height=3.9)
     for panel, what, label in zip(panels, ("loss", "l1"), ("L", "L1 per electron"), strict=True):
@@ -482,13 +458,13 @@ def along(runs: Runs, rows: list[str]) -> Figure:
         first = runs.where(row=rows[0])[0]["looks"][0]
         panel.axhline(first[f"guess_{what}"], color="0.5", linestyle=":", linewidth=1)
         panel.set(xlabel="seconds of the processor's time", ylabel=label, yscale="log")
-    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(panels[-1])
     return figure
 
 
 def against_guess(runs: Runs, rows: list[str]) -> Figure:
     """The figure, with a point per molecule."""
-    from torchimplicit.recipes.runtime.page import COLOURS, MARKERS, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, MARKERS, axes, legend_beside
 
     figure, (panel,) = axes(width=6.4, height=4.4)
     for index, name in enumerate(rows):
@@ -508,19 +484,13 @@ def against_guess(runs: Runs, rows: list[str]) -> Figure:
     panel.axhline(1, color="0.6", linewidth=0.9)
     panel.axvline(1, color="0.6", linewidth=0.9)
     panel.set(xscale="log", yscale="log", xlabel="L, over that of the superposition", ylabel="L1, likewise")
-    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(panel)
     return figure
 
 
-TABLE = Published(
-    title="Density functionals for several molecules",
-    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): with many "
+TABLE = table.published(
+    globals(),
+    "Density functionals for several molecules",
+    "Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): with many "
     "molecules the training loss fell without improving the densities; no figures. Those here are ours.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from torchimplicit.models.orbital_free import (
-    OrbitalFree,
-)
+from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.case import Case
@@ -38,7 +39,9 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
         p = case.solved(functional, results.config, cold=True).value
     errors = {"trained": p - shown.reference, "superposition of atoms": shown.guess - shown.reference}
     with styled():
-        drawn = {"line": _line(shown.name, basis, errors), "training": _training(results.looks)}
+        along, panel = error_along_line(shown.name, basis, errors, [(COLOURS[0], "-"), (COLOURS[1], "-")])
+        panel.legend()
+        drawn = {"line": along, "training": _training(results.looks)}
         if len(shown.charges) > 1:
             drawn["plane"] = _plane(shown.name, basis, errors)
         drawn["inner"] = _inner(results.looks)
@@ -59,18 +62,32 @@ def write_report(results: Results, split: Split, functional: OrbitalFree, run: R
     run.write_text("index.html", document("An orbital-free density functional", [lead], [Section(pictures=pictures)]))
 
 
-def _line(name: str, basis: DensityBasis, errors: dict[str, torch.Tensor]) -> Figure:
-    drawn, (plot,) = axes()
+def error_along_line(
+    name: str,
+    basis: DensityBasis,
+    errors: Mapping[str, torch.Tensor],
+    looks: Sequence[tuple[str, str]],
+    width: float = 6.0,
+) -> tuple[Figure, Axes]:
+    """Errors of densities along the line through the first two atoms (grey), or along z through a single one.
+
+    Args:
+        name: the molecule's.
+        basis: of the coefficients.
+        errors: differences of coefficients ``[n]``, by the labels of their lines.
+        looks: colour and dashes of each.
+        width: of the figure, in inches.
+    """
+    drawn, (plot,) = axes(width=width)
     points, places, atoms = line(basis.centres)
     values = basis.values(points)
-    for index, (label, error) in enumerate(errors.items()):
-        plot.plot(places, values @ error, color=COLOURS[index], label=label, linewidth=1.2)
+    for (label, error), (colour, dashes) in zip(errors.items(), looks, strict=True):
+        plot.plot(places, values @ error, color=colour, linestyle=dashes, label=label, linewidth=1.2)
     for place in atoms:
         plot.axvline(float(place), color="0.8", linewidth=0.8, zorder=0)
-    plot.set(xlabel="bohr", ylabel="Δρ, electrons per cubic bohr", title=name, yscale="symlog")
+    plot.set(xlabel="bohr", ylabel="Δρ, electrons per cubic bohr", title=name)
     plot.set_yscale("symlog", linthresh=1e-3)
-    plot.legend()
-    return drawn
+    return drawn, plot
 
 
 def _plane(name: str, basis: DensityBasis, errors: dict[str, torch.Tensor]) -> Figure:

@@ -1,20 +1,23 @@
-"""Figures and claims shared by the tables of trained density functionals."""
+"""Figures and cells shared by the tables of trained density functionals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.runtime import table
+from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.recipes.runtime.table import NONE, Line, Runs
 
 if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
+
+R = TypeVar("R")
 
 INNER_STEPS = 60
 """Largest number of L-BFGS steps, which usually needs about ten: an optimizer step that goes too far is detected
@@ -28,12 +31,14 @@ def labelled(grid: int) -> str:
     return f"Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level {grid}"
 
 
+def molecules(config: Any, *sources: str, **more: Any) -> Molecules:
+    """Molecules on the grid and in the folder of a table's settings."""
+    return Molecules(sources=sources, data_dir=config.data_dir, chemistry=ChemistrySettings(grid=config.grid), **more)
+
+
+# -- What a record holds of a training ---------------------------------------------------------------------------------
+
 QUALITIES = ("start", "start_test", "train", "validation", "test")
-
-
-def molecules(*sources: str, grid: int, data_dir: Path | None, **more: Any) -> Molecules:
-    """The molecules of the tables, on a grid of this level."""
-    return Molecules(sources=sources, data_dir=data_dir, chemistry=ChemistrySettings(grid=grid), **more)
 
 
 def figures(config: Any, run: Run) -> dict[str, Any] | None:
@@ -71,12 +76,12 @@ def figures(config: Any, run: Run) -> dict[str, Any] | None:
 
 def summary(qualities: Sequence[Any]) -> dict[str, Any]:
     """As :func:`~torchimplicit.recipes.density.quality.summarized`, from plain data."""
-    from dataclasses import asdict
-
-    from torchimplicit.recipes.density.quality import Quality, summarized
-    from torchimplicit.recipes.runtime.settings import from_plain
+    from torchimplicit.recipes.density.quality import Quality, summarized  # heavy: it evaluates functionals too
 
     return asdict(summarized([from_plain(Quality, one) for one in qualities]))
+
+
+# -- Figures of a run --------------------------------------------------------------------------------------------------
 
 
 def lowered(line: Line) -> float:
@@ -97,19 +102,32 @@ def seconds_to(line: Line, level: float) -> float:
     return next((seconds for seconds, loss in losses if loss <= level * losses[0][1]), math.nan)
 
 
+# -- Rows, cells and notes ---------------------------------------------------------------------------------------------
+
+
+def there(rows: Iterable[R], runs: Runs) -> list[R]:
+    """The rows that have a run."""
+    return [row for row in rows if runs.where(row=row)]
+
+
+def cell(runs: Runs, path: str, digits: int = 3, scale: float = 1.0) -> Callable[[Any], str]:
+    """The cell of a row: a figure of its runs; see :func:`told`."""
+    return lambda row: told(runs.of(row, path), digits, scale)
+
+
 def mean(values: Iterable[float]) -> float:
     """Mean of the values that are not NaN; NaN if there are none."""
-    there = [value for value in values if not math.isnan(value)]
-    return fmean(there) if there else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
 
 
 def told(values: Iterable[float | None], digits: int = 3, scale: float = 1.0) -> str:
     """One value, or the mean and range of several, with a number of significant digits."""
-    there = [scale * value for value in values if value is not None and not math.isnan(value)]
-    if not there:
+    known = [scale * value for value in values if value is not None and not math.isnan(value)]
+    if not known:
         return NONE
-    text = shown(fmean(there), digits)
-    return text if len(there) == 1 else f"{text} ({shown(min(there), digits)}–{shown(max(there), digits)})"
+    text = shown(fmean(known), digits)
+    return text if len(known) == 1 else f"{text} ({shown(min(known), digits)}–{shown(max(known), digits)})"
 
 
 def shown(value: float, digits: int) -> str:
@@ -121,6 +139,7 @@ def shown(value: float, digits: int) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def missing(asked: int, runs: Runs) -> list[str]:
-    """The note about requested runs that are missing; empty if there are none."""
-    return [f"{asked - len(runs)} of {asked} runs are missing or diverged."] if len(runs) < asked else []
+def missing(asked: int, runs: Runs) -> Iterator[str]:
+    """The note about requested runs that are missing."""
+    if len(runs) < asked:
+        yield f"{asked - len(runs)} of {asked} runs are missing or diverged."

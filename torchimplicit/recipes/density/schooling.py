@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from torchimplicit.recipes.density import finetune, pretrain
-from torchimplicit.recipes.density.learning_settings import Schooling
+from torchimplicit.recipes.density.learning_settings import Finetuning, Schooling
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, Runner, RunOptions, create
 
@@ -18,50 +18,46 @@ PRETRAINED, LONGER = "pretrained", "pretrained-longer"
 together."""
 
 
-@dataclass(frozen=True)
-class Schooled:
-    """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
+# -- The runner; see :class:`torchimplicit.recipes.runtime.run.Runner` -------------------------------------------------
 
-    def check(self, config: Schooling) -> None:
-        """Check the pre-training's settings."""
-        pretrain.check(config.pretraining)
 
-    def train(self, config: Schooling, run: Run, console: Console) -> bool:
-        """Run one after another; finished runs are not repeated."""
-        if not _done(run, PRETRAINED, "pretrain", pretrain, config.pretraining, console):
+def check(config: Schooling) -> None:
+    """Check the pre-training's settings."""
+    pretrain.check(config.pretraining)
+
+
+def train(config: Schooling, run: Run, console: Console) -> bool:
+    """Run one after another; finished runs are not repeated."""
+    if not _done(run, PRETRAINED, "pretrain", pretrain, config.pretraining, console):
+        return False
+    for name in config.ways:
+        if not _done(run, name, "finetune", finetune, _way(config, run, name), console):
             return False
-        for name, one in config.ways.items():
-            if not _done(run, name, "finetune", finetune, replace(one, run=within(run, PRETRAINED).path), console):
-                return False
-        if not config.longer or not config.ways:
-            return True
-        first = within(run, next(iter(config.ways))).read_json("results.json")
-        seconds = first["pretraining_seconds"] + first["course"]["seconds"]
-        stepping = replace(config.pretraining.stepping, steps=10**7, seconds=seconds)
-        longer = replace(config.pretraining, stepping=stepping)
-        return _done(run, LONGER, "pretrain", pretrain, longer, console)
-
-    def evaluate(self, config: Schooling, run: Run, console: Console) -> None:
-        """Evaluate each nested run."""
-        for name, runner in runners(config).items():
-            one = within(run, name)
-            if not (one.path / "results.json").is_file():
-                raise UserError(f"{one} is not done: 'resume' {run} first")
-            settings: Any = (
-                config.pretraining
-                if runner is pretrain
-                else replace(config.ways[name], run=within(run, PRETRAINED).path)
-            )
-            runner.evaluate(settings, one, console)
+    if not config.longer or not config.ways:
+        return True
+    first = within(run, next(iter(config.ways))).read_json("results.json")
+    seconds = first["pretraining_seconds"] + first["course"]["seconds"]
+    stepping = replace(config.pretraining.stepping, steps=10**7, seconds=seconds)
+    longer = replace(config.pretraining, stepping=stepping)
+    return _done(run, LONGER, "pretrain", pretrain, longer, console)
 
 
-RUNNER = Schooled()
+def evaluate(config: Schooling, run: Run, console: Console) -> None:
+    """Evaluate each nested run."""
+    longer = [LONGER] if config.longer and config.ways else []
+    for name in (PRETRAINED, *config.ways, *longer):
+        one = within(run, name)
+        if not (one.path / "results.json").is_file():
+            raise UserError(f"{one} is not done: 'resume' {run} first")
+        if name in config.ways:
+            finetune.evaluate(_way(config, run, name), one, console)
+        else:
+            pretrain.evaluate(config.pretraining, one, console)
 
 
-def runners(config: Schooling) -> dict[str, Any]:
-    """The nested runs by name."""
-    longer = {LONGER: pretrain} if config.longer and config.ways else {}
-    return {PRETRAINED: pretrain, **dict.fromkeys(config.ways, finetune), **longer}
+def _way(config: Schooling, run: Run, name: str) -> Finetuning:
+    """The settings of a fine-tuning, which begins at the weights of the pre-training."""
+    return replace(config.ways[name], run=within(run, PRETRAINED).path)
 
 
 def within(run: Run, name: str) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import OptimizerName, fraction, not_negative, option, positive
@@ -12,8 +12,11 @@ from torchimplicit.recipes.runtime.settings import OptimizerName, fraction, not_
 # -- How a molecule is computed ----------------------------------------------------------------------------------------
 
 
-GRIDS = 10
-"""Grid levels that PySCF has."""
+def grid_levels(settings: Any, *names: str) -> None:
+    """Each must be a level of PySCF's grids."""
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 9:
+            raise UserError(f"{option(name)} must lie in 0 to 9, and it is {getattr(settings, name)}")
 
 
 @final
@@ -50,14 +53,10 @@ class ChemistrySettings:
                 f"--beta must lie in [1.5, 10], and it is {self.beta}: below, the basis is nearly linearly dependent; "
                 "above, it has gaps"
             )
-        for name in ("grid", "scf_grid"):
-            if not 0 <= getattr(self, name) < GRIDS:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must lie in 0 to {GRIDS - 1}, and it is {getattr(self, name)}"
-                )
+        grid_levels(self, "grid", "scf_grid")
         for name in ("functional", "orbital_basis"):
             if not getattr(self, name).strip():
-                raise UserError(f"--{name.replace('_', '-')} must name one, and it is empty")
+                raise UserError(f"{option(name)} must name one, and it is empty")
 
 
 @final
@@ -99,6 +98,20 @@ class LabelSettings:
 EstimatorName = Literal["implicit", "damped", "eqprop", "eqprop-one-sided"]
 """Exact implicit differentiation; the same with damping, for a nearly singular Hessian; symmetric equilibrium
 propagation; and one-sided equilibrium propagation with a curved nudge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoleculeFiles:
+    """The grid of a table's molecules, and where their files are."""
+
+    grid: int = 1
+    """Level of the integration grid, 0 to 9."""
+
+    data_dir: Path | None = None
+    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
+
+    def __post_init__(self) -> None:
+        grid_levels(self, "grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +282,7 @@ class OrbitalFreeTraining:
             "seed",
             "threads",
         )
-        if not 0 <= self.check_grid < GRIDS:
-            raise UserError(f"--check-grid must lie in 0 to {GRIDS - 1}, and it is {self.check_grid}")
+        grid_levels(self, "check_grid")
         not_negative(self, "hessian_weight", "floor_weight")
         fraction(self, "correction_gamma")
         if self.optimizer == "least-squares":

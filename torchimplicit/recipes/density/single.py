@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
-from pathlib import Path
+from math import isfinite, nan
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchimplicit.recipes.density.results import (
-    INNER_STEPS,
-    figures,
-    lowered,
-    mean,
-    missing,
-    molecules,
-    seconds_to,
-    shown,
-    told,
-)
-from torchimplicit.recipes.density.settings import EstimatorName, OrbitalFreeTraining
+from torchimplicit.recipes.density import results
+from torchimplicit.recipes.density.results import INNER_STEPS, cell, lowered, mean, missing, seconds_to, shown, told
+from torchimplicit.recipes.density.settings import EstimatorName, MoleculeFiles, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import fraction, not_negative, option, positive
-from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Published, Runs, TitledTable
+from torchimplicit.recipes.runtime.settings import different, fraction, not_negative, own_first, positive
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,8 +24,9 @@ GradientOptimizer = Literal["l-bfgs", "adam"]
 """Optimizers that take a gradient from any estimator."""
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
-class SingleConfig:
+class SingleConfig(MoleculeFiles):
     """One molecule, four gradient estimators, two optimizers: final loss and time of each."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2, together=100))
@@ -69,24 +60,12 @@ class SingleConfig:
     tail_weight: float = 0.0
     """Extra weight of low densities in the loss; 0 is the loss of the slides."""
 
-    grid: int = 1
-    """Level of the integration grid, 0 to 9."""
-
-    data_dir: Path | None = None
-    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "l_bfgs_iterations", "adam_iterations", "learning_rate")
-        not_negative(self, "tail_weight", "grid")
+        not_negative(self, "tail_weight")
         fraction(self, "level")
-        for name in ("estimators", "optimizers"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserError(f"{option(name)} must be different names, at least one")
-
-
-def default() -> SingleConfig:
-    """The table."""
-    return SingleConfig()
+        different(self, "estimators", "optimizers")
 
 
 ESTIMATORS: dict[EstimatorName, str] = {
@@ -106,13 +85,12 @@ FALLEN = 0.9
 Row = tuple[EstimatorName, GradientOptimizer]
 
 
-def settings_of(
-    config: SingleConfig, estimator: EstimatorName, optimizer: GradientOptimizer, seed: int
-) -> OrbitalFreeTraining:
+def settings_of(config: SingleConfig, row: Row, seed: int) -> OrbitalFreeTraining:
     """The settings of a run."""
+    estimator, optimizer = row
     iterations = {"l-bfgs": config.l_bfgs_iterations, "adam": config.adam_iterations}[optimizer]
     return OrbitalFreeTraining(
-        molecules=molecules(config.molecule, grid=config.grid, data_dir=config.data_dir),
+        molecules=results.molecules(config, config.molecule),
         pairs=config.pairs,
         tail_weight=config.tail_weight,
         gradient=estimator,
@@ -132,7 +110,7 @@ def jobs(config: SingleConfig) -> list[Job]:
         Job(
             f"{estimator}-{optimizer}-{seed}",
             "ofdft-one",
-            settings_of(config, estimator, optimizer, seed),
+            settings_of(config, (estimator, optimizer), seed),
             {"row": (estimator, optimizer), "seed": seed},
         )
         for seed in config.plan.all_seeds
@@ -144,20 +122,19 @@ def jobs(config: SingleConfig) -> list[Job]:
 # -- what the runs come to ---------------------------------------------------------------------------------------------
 
 
+figures = results.figures
+
+
 def there(config: SingleConfig, runs: Runs) -> list[Row]:
     """The rows that have a run."""
-    every = [(estimator, optimizer) for optimizer in config.optimizers for estimator in config.estimators]
-    return [row for row in every if runs.where(row=row)]
+    return results.there([(one, other) for other in config.optimizers for one in config.estimators], runs)
 
 
-def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
+def sheets(config: SingleConfig, runs: Runs) -> Iterator[TitledTable]:
     """A table of loss, time and work; below it, the density before training and the superposition of atoms."""
     rows = there(config, runs)
     if not rows:
-        return []
-
-    def of(path: str, digits: int = 3, scale: float = 1.0) -> Any:
-        return lambda row: told(runs.of(row, path), digits, scale)
+        return
 
     def ends(row: Row, place: int = 1) -> str:
         return told([loss[place] for loss in runs.of(row, "loss")], 3, 1e3)
@@ -166,42 +143,40 @@ def sheets(config: SingleConfig, runs: Runs) -> list[TitledTable]:
         Cell[Row]("Gradient; optimizer", lambda row: f"{ESTIMATORS[row[0]]}; {OPTIMIZERS[row[1]]}"),
         Cell("Loss at the end", ends, "10⁻³"),
         Cell("Over its start", lambda row: told(map(lowered, runs.where(row=row)))),
-        Cell("L, finer grid", of("train.finer_loss", 3, 1e3), "10⁻³", "of the same functional's minimum there"),
-        Cell("L1 per electron", of("train.l1"), "", "∫|Δρ|/N at the end"),
+        Cell("L, finer grid", cell(runs, "train.finer_loss", 3, 1e3), "10⁻³", "of the same functional's minimum there"),
+        Cell("L1 per electron", cell(runs, "train.l1"), "", "∫|Δρ|/N at the end"),
         Cell(f"Time to {config.level:g} of the start",
              lambda row: told((seconds_to(line, config.level) for line in runs.where(row=row)), 2), "s",
              "of the processor, measurements not counted, mean of the seeds that came there"),
-        Cell("Time an iteration", of("pace", 2, 1e3), "ms", "the median of a run's iterations"),
-        Cell("Evaluations", of("evaluations", 2), "", "of the loss with its gradient, in the whole training"),
-        Cell("Inner steps", of("inner_steps", 2), "",
+        Cell("Time an iteration", cell(runs, "pace", 2, 1e3), "ms", "the median of a run's iterations"),
+        Cell("Evaluations", cell(runs, "evaluations", 2), "", "of the loss with its gradient, in the whole training"),
+        Cell("Inner steps", cell(runs, "inner_steps", 2), "",
              "of a minimization that begins at the density found before, mean during training"),
-        Cell("Backward", of("adjoint", 2), "",
+        Cell("Backward", cell(runs, "adjoint", 2), "",
              "products with the Hessian, or gradients of the nudged energies, of one evaluation"),
         Cell("Seeds", lambda row: str(len(runs.where(row=row)))),
     ]  # fmt: skip
     guess = runs.where(row=rows[0])[0]["start"]
     below = [
-        ["before training (linear term fitted)", ends(rows[0], 0), "1", of("start.finer_loss", 3, 1e3)(rows[0]),
-         of("start.l1")(rows[0])],
+        ["before training (linear term fitted)", ends(rows[0], 0), "1", cell(runs, "start.finer_loss", 3, 1e3)(rows[0]),
+         cell(runs, "start.l1")(rows[0])],
         ["superposition of atoms (L)", f"{1e3 * guess['guess_loss']:.3g}", *[table.NONE] * 2,
          f"{guess['guess_l1']:.3g}"],
     ]  # fmt: skip
-    return [table.sheet(f"{config.molecule}: loss, time and work", rows, cells, below)]
+    yield table.sheet(f"{config.molecule}: loss, time and work", rows, cells, below)
 
 
-def claims(config: SingleConfig, runs: Runs) -> list[Claim]:
+def claims(config: SingleConfig, runs: Runs) -> Iterator[Claim]:
     """For each optimizer: how far implicit differentiation lowers the loss, whether the other estimators end at the
     same loss, and the time of propagation."""
-    claims_of_rows = []
     for optimizer in config.optimizers:
         exact: Row = ("implicit", optimizer)
         others: list[Row] = [(name, optimizer) for name in ("eqprop", "eqprop-one-sided", "damped")]
         if runs.where(row=exact):
-            claims_of_rows.append(fallen(runs, exact))
-            claims_of_rows += [together(runs, exact, other) for other in others if runs.where(row=other)]
+            yield fallen(runs, exact)
+            yield from (together(runs, exact, other) for other in results.there(others, runs))
             if runs.where(row=others[0]):
-                claims_of_rows.append(slower(config, runs, exact, others[0]))
-    return claims_of_rows
+                yield slower(config, runs, exact, others[0])
 
 
 def fallen(runs: Runs, exact: Row) -> Claim:
@@ -218,7 +193,7 @@ def fallen(runs: Runs, exact: Row) -> Claim:
 def together(runs: Runs, exact: Row, other: Row) -> Claim:
     """Compares final losses, seed by seed. Where the loss has not fallen, the comparison says nothing."""
     pairs = runs.couples(exact, other)
-    apart = max((abs(b["loss"][1] - a["loss"][1]) / a["loss"][1] for a, b in pairs), default=float("nan"))
+    apart = max((abs(b["loss"][1] - a["loss"][1]) / a["loss"][1] for a, b in pairs), default=nan)
     fell = bool(pairs) and all(lowered(a) <= FALLEN for a, _ in pairs)
     return Claim(
         f"{OPTIMIZERS[exact[1]]}: {ESTIMATORS[other[0]]} ends within {100 * APART:g} % of the loss of exact implicit "
@@ -267,46 +242,39 @@ def protocol(config: SingleConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: SingleConfig, runs: Runs) -> list[str]:
+def notes(config: SingleConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    sentences = [
+    yield (
         "The loss contains a small decay of the network's weights, the same in all rows. One-sided propagation "
-        "with a curved nudge is damped implicit differentiation; the damping is chosen by the same rule.",
-    ]
-    rejected = sum(runs.column("rejected"))
-    if rejected:
-        sentences.append(
+        "with a curved nudge is damped implicit differentiation; the damping is chosen by the same rule."
+    )
+    if rejected := sum(runs.column("rejected")):
+        yield (
             f"{rejected} evaluations met a density that was not found within the budget. L-BFGS begins with a step of "
             "length one, at which that happens: most of a row's time is that one evaluation, the same in all rows."
         )
-    return sentences + missing(len(jobs(config)), runs)
+    yield from missing(len(jobs(config)), runs)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
+def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """Figures of the loss, and of the density's error along a line if the molecule is available."""
     if not runs:
-        return []
-    figures = [
-        CaptionedFigure(
-            "loss",
-            loss_along(config, runs, folders),
-            "The loss over its start: by iterations, and by seconds of the processor's time; a line a seed.",
+        return
+    yield CaptionedFigure(
+        "loss",
+        loss_along(config, runs, folders),
+        "The loss over its start: by iterations, and by seconds of the processor's time; a line a seed.",
+    )
+    if (along := line_through(config, runs, folders)) is not None:
+        yield CaptionedFigure(
+            "line",
+            along,
+            f"{config.molecule}: the error of the density along the line through the first two atoms (grey), "
+            f"before training and after, seed {config.plan.first_seed}; the scale is linear within 0.001.",
         )
-    ]
-    along = line_through(config, runs, folders)
-    if along is not None:
-        figures.append(
-            CaptionedFigure(
-                "line",
-                along,
-                f"{config.molecule}: the error of the density along the line through the first two atoms (grey), "
-                f"before training and after, seed {config.plan.first_seed}; the scale is linear within 0.001.",
-            )
-        )
-    return figures
 
 
 def colour(estimator: EstimatorName) -> str:
@@ -348,57 +316,42 @@ def line_through(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -
     from torchimplicit.recipes.density import split as data
     from torchimplicit.recipes.density import storage
     from torchimplicit.recipes.density.case import Case
-    from torchimplicit.recipes.density.places import line as places_along
+    from torchimplicit.recipes.density.pictures import error_along_line
     from torchimplicit.recipes.density.training import started
     from torchimplicit.recipes.runtime.fitting import read_checkpoint
-    from torchimplicit.recipes.runtime.page import COLOURS, axes
+    from torchimplicit.recipes.runtime.page import COLOURS, legend_beside
 
     seed = config.plan.first_seed
     shown_here = [line for line in runs.where(seed=seed) if line["row"][1] == config.optimizers[0]]
     if not shown_here:
         return None
-    settings = {line.name: settings_of(config, line["row"][0], line["row"][1], seed) for line in shown_here}
+    settings = {line.name: settings_of(config, line["row"], seed) for line in shown_here}
     try:
         split = data.load(settings[shown_here[0].name].molecules)
     except UserError:  # neither computed nor computable here
         return None
     (molecule,) = split.train
     case = Case.of(molecule)
-    errors = {"superposition of atoms": (molecule.guess - molecule.reference, COLOURS[7], ":")}
+    errors = {"superposition of atoms": molecule.guess - molecule.reference}
+    looks = [(COLOURS[7], ":"), (COLOURS[6], ":"), *((colour(line["row"][0]), "-") for line in shown_here)]
     with torch.no_grad():
         for line in shown_here:
             functional = started(settings[line.name], [case])
             if "before" not in errors:
-                p = case.solved(functional, settings[line.name], cold=True).value
-                errors["before"] = (p - molecule.reference, COLOURS[6], ":")
+                errors["before"] = case.solved(functional, settings[line.name], cold=True).value - molecule.reference
             functional.load_state_dict(read_checkpoint(folders[line.name].best)["weights"])
-            case.fresh = False
-            p = case.solved(functional, settings[line.name], cold=True).value
-            errors[ESTIMATORS[line["row"][0]]] = (p - molecule.reference, colour(line["row"][0]), "-")
+            found = case.solved(functional, settings[line.name], cold=True).value
+            errors[ESTIMATORS[line["row"][0]]] = found - molecule.reference
     basis = storage.read(split.files[molecule.name]).basis
-    points, places, atoms = places_along(basis.centres)
-    values = basis.values(points)
-    figure, (panel,) = axes(width=7.2)
-    for label, (error, of, dashes) in errors.items():
-        panel.plot(places, values @ error, label=label, linewidth=1.2, color=of, linestyle=dashes)
-    for place in atoms:
-        panel.axvline(float(place), color="0.8", linewidth=0.8, zorder=0)
-    panel.set(xlabel="bohr", ylabel="Δρ, electrons per cubic bohr", title=molecule.name)
-    panel.set_yscale("symlog", linthresh=1e-3)
-    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure, panel = error_along_line(molecule.name, basis, errors, looks, width=7.2)
+    legend_beside(panel)
     return figure
 
 
-TABLE = Published(
-    title="One molecule by implicit differentiation and by equilibrium propagation",
-    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): implicit "
+TABLE = table.published(
+    globals(),
+    "One molecule by implicit differentiation and by equilibrium propagation",
+    "Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): implicit "
     "differentiation failed, equilibrium propagation trained a single molecule, slower; no figures. Those here "
     "are ours.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.density import results
-from torchimplicit.recipes.density.results import labelled, lowered, mean, missing, molecules, shown, told
-from torchimplicit.recipes.density.settings import OrbitalFreeTraining
+from torchimplicit.recipes.density.results import cell, labelled, lowered, mean, missing, shown, there, told
+from torchimplicit.recipes.density.settings import MoleculeFiles, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import OptimizerName, not_negative, option, positive
-from torchimplicit.recipes.runtime.table import (
-    CaptionedFigure,
-    Cell,
-    Claim,
-    Job,
-    Line,
-    Plan,
-    Published,
-    Runs,
-    TitledTable,
+from torchimplicit.recipes.runtime.settings import (
+    OptimizerName,
+    different,
+    known_rows,
+    not_negative,
+    own_first,
+    positive,
 )
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Line, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,13 +62,9 @@ class CountedTraining:
         positive(self, "descent_tolerance", "descent_rate", "most_steps", "tight_tolerance")
 
 
-def training() -> CountedTraining:
-    """One run."""
-    return CountedTraining()
-
-
+@own_first
 @dataclass(frozen=True, kw_only=True)
-class StabilityConfig:
+class StabilityConfig(MoleculeFiles):
     """Inner iterations and spectra during training: two minimizers, with and without remedies."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=3, together=100))
@@ -117,23 +110,20 @@ class StabilityConfig:
     floor: float = 0.5
     """Eigenvalue below which --floor-weight penalizes, in hartree."""
 
-    grid: int = 1
-    """Level of the integration grid, 0 to 9."""
-
-    data_dir: Path | None = None
-    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "iterations", "measure_every", "learning_rate", "descent_steps")
         positive(self, "hessian_weight", "floor_weight", "floor")
-        not_negative(self, "weizsaecker", "penalty", "tail_weight", "grid")
-        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, at least one")
-
-
-def default() -> StabilityConfig:
-    """The table."""
-    return StabilityConfig()
+        not_negative(self, "weizsaecker", "penalty", "tail_weight")
+        different(self, "molecules")
+        known_rows(self.rows, list(ROWS))
+        if self.optimizer == "least-squares" and (
+            refused := [name for name in self.rows if ROWS[name].help.by_gradient]
+        ):
+            raise UserError(
+                f"row '{refused[0]}' has a loss that is drawn at random, or an inexact gradient, which Gauss-Newton "
+                "cannot take: it needs --optimizer l-bfgs or adam"
+            )
 
 
 CORRECTED, PENALTY, DECAY = 4, 100.0, 1e-6
@@ -182,43 +172,47 @@ HELPS = {
 """The remedies, by the second part of a row's name."""
 
 
-def all_rows(config: StabilityConfig) -> dict[str, tuple[Inner, str]]:
-    """The rows that are asked for, by name.
+@dataclass(frozen=True)
+class Row:
+    """A minimizer in training, and a remedy."""
 
-    Raises:
-        UserError: one that there is not, or that the optimizer cannot train.
-    """
-    every = {f"{inner}-{way}": (inner, way) for inner in INNER for way in HELPS}
+    inner: Inner
+    way: str
+
+    @property
+    def help(self) -> Help:
+        return HELPS[self.way]
+
+    @property
+    def label(self) -> str:
+        return f"{INNER[self.inner]}; {self.help.label}"
+
+    @property
+    def place(self) -> int:
+        """Place of the remedy among all, which its colour and marker show."""
+        return list(HELPS).index(self.way)
+
+
+ROWS = {f"{inner}-{way}": Row(inner, way) for inner in INNER for way in HELPS}
+"""The rows, by the names of their runs."""
+
+
+def rows_of(config: StabilityConfig) -> list[str]:
+    """The names of the rows that are asked for: by default all that the optimizer can train."""
     least_squares = config.optimizer == "least-squares"
-    refused = {name for name, (_, way) in every.items() if least_squares and HELPS[way].by_gradient}
-    for name in config.rows:
-        if name not in every:
-            raise UserError(f"there is no row '{name}'; the rows are {', '.join(every)}")
-        if name in refused:
-            raise UserError(
-                f"row '{name}' has a loss that is drawn at random, or an inexact gradient, which Gauss-Newton cannot "
-                "take: it needs --optimizer l-bfgs or adam"
-            )
-    return {name: row for name, row in every.items() if name in (config.rows or every.keys() - refused)}
+    return [
+        name
+        for name, row in ROWS.items()
+        if (name in config.rows if config.rows else not (least_squares and row.help.by_gradient))
+    ]
 
 
-def label(row: str) -> str:
-    """The row's label."""
-    inner, way = split(row)
-    return f"{INNER[inner]}; {HELPS[way].label}"
-
-
-def split(row: str) -> tuple[Inner, str]:
-    """The minimizer and the remedy."""
-    return next((inner, row.removeprefix(f"{inner}-")) for inner in INNER if row.startswith(f"{inner}-"))
-
-
-def settings_of(config: StabilityConfig, inner: Inner, way: str, seed: int) -> CountedTraining:
+def settings_of(config: StabilityConfig, row: Row, seed: int) -> CountedTraining:
     """The settings of a run."""
     counted = CountedTraining()
-    slow = inner == "descent"
+    slow = row.inner == "descent"
     plain = OrbitalFreeTraining(
-        molecules=molecules(*config.molecules, grid=config.grid, data_dir=config.data_dir),
+        molecules=results.molecules(config, *config.molecules),
         weizsaecker=config.weizsaecker,
         penalty=config.penalty,
         pairs=False,
@@ -228,7 +222,7 @@ def settings_of(config: StabilityConfig, inner: Inner, way: str, seed: int) -> C
         learning_rate=config.learning_rate,
         decay=0.0,
         measure_every=config.measure_every,
-        inner=inner,
+        inner=row.inner,
         inner_tolerance=counted.descent_tolerance if slow else counted.tight_tolerance,
         inner_steps=config.descent_steps if slow else INNER_STEPS,
         inner_rate=counted.descent_rate,
@@ -236,7 +230,7 @@ def settings_of(config: StabilityConfig, inner: Inner, way: str, seed: int) -> C
         page=False,
         seed=seed,
     )
-    return replace(counted, training=replace(plain, **HELPS[way].changes(config)))
+    return replace(counted, training=replace(plain, **row.help.changes(config)))
 
 
 def jobs(config: StabilityConfig) -> list[Job]:
@@ -245,13 +239,13 @@ def jobs(config: StabilityConfig) -> list[Job]:
         Job(
             f"{name}-{seed}",
             "ofdft-stability-training",
-            settings_of(config, *row, seed),
+            settings_of(config, ROWS[name], seed),
             {"row": name, "seed": seed},
         )
         for inner in INNER
         for seed in config.plan.all_seeds
-        for name, row in all_rows(config).items()
-        if row[0] == inner
+        for name in rows_of(config)
+        if ROWS[name].inner == inner
     ]
 
 
@@ -304,14 +298,12 @@ def many(values: Iterable[float]) -> str:
     return f"not found ({lost} of {len(every)})" if lost else told(every, 3)
 
 
-def there(config: StabilityConfig, runs: Runs) -> list[str]:
-    """The rows that have a run."""
-    return [name for name in all_rows(config) if runs.where(row=name)]
-
-
-def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
+def sheets(config: StabilityConfig, runs: Runs) -> Iterator[TitledTable]:
     """Tables of the history, and of both minimizers before and after training."""
-    rows = there(config, runs)
+    rows = there(rows_of(config), runs)
+    if not rows:
+        return
+    label, of = lambda name: ROWS[name].label, partial(cell, runs)
 
     def each(figure: Callable[[Line], float], say: Callable[[list[float]], str] = many) -> Callable[[str], str]:
         return lambda row: say([figure(line) for line in runs.where(row=row)])
@@ -323,23 +315,23 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
         descent, quick = (fmean(one["loss"] for one in runs_of) for runs_of in ends)
         return descent / quick
 
-    along = table.sheet("Along training", rows, [
+    yield table.sheet("Along training", rows, [
         Cell("Densities found by; help", label),
         Cell("Growth", each(grown), "",
              "steps of a minimization, the most that were counted during training over the start"),
-        Cell("Least eigenvalue", lambda row: told(runs.of(row, "least"), 2), "hartree",
+        Cell("Least eigenvalue", of("least", 2), "hartree",
              "the least during training, of the Hessian on the constraint"),
-        Cell("Largest", lambda row: told(runs.of(row, "largest"), 3), "hartree", "the largest during training"),
+        Cell("Largest", of("largest"), "hartree", "the largest during training"),
         Cell("Loss", lambda row: told(map(lowered, runs.where(row=row)), 2), "",
              "at the end over its start, the penalties included"),
-        Cell("L, finer grid", lambda row: told(runs.of(row, "train.finer_loss"), 3, 1e3), "10⁻³",
+        Cell("L, finer grid", of("train.finer_loss", 3, 1e3), "10⁻³",
              "of the trained functional's minimum there"),
         Cell("Not found", lambda row: f"{sum(runs.of(row, 'rejected'))} of {sum(runs.of(row, 'evaluations'))}", "",
              "of the evaluations of the loss, those with a density not found within the budget"),
-        Cell("Time", lambda row: told(runs.of(row, "seconds"), 2), "s", "of the processor"),
+        Cell("Time", of("seconds", 2), "s", "of the processor"),
         Cell("Seeds", lambda row: str(len(runs.where(row=row)))),
     ])  # fmt: skip
-    both = table.sheet("Both ways, before and after", rows, [
+    yield table.sheet("Both ways, before and after", rows, [
         Cell("Trained with; help", label),
         Cell("Descent, before", each(lambda line: counted(line, "descent", "before")), "steps",
              "to 1e-4, from the superposition of atoms, mean of the molecules"),
@@ -352,47 +344,38 @@ def sheets(config: StabilityConfig, runs: Runs) -> list[TitledTable]:
         Cell("L-BFGS, after", each(lambda line: counted(line, "l_bfgs", "after")), "steps"),
         Cell("L-BFGS, ratio", each(lambda line: slowdown(line, "l_bfgs"))),
     ])  # fmt: skip
-    return [along, both] if rows else []
 
 
-def claims(config: StabilityConfig, runs: Runs) -> list[Claim]:
+def claims(config: StabilityConfig, runs: Runs) -> Iterator[Claim]:
     """The slowdown, what limits it, and the effect of each remedy."""
-    claims_of_rows = []
     for inner in INNER:
         if plain := runs.where(row=f"{inner}-plain"):
-            claims_of_rows.append(
-                Claim(
-                    f"Trained with densities by {INNER[inner]}: the slides' way to find them (gradient descent with "
-                    f"momentum to 1e-4) takes at least {SLOWED:g} times as many steps after training as before "
-                    "(median of the seeds)",
-                    f"{times(map(slowdown, plain))}; least eigenvalue {soft(plain)}",
-                    median(map(slowdown, plain)) >= SLOWED,
-                )
+            yield Claim(
+                f"Trained with densities by {INNER[inner]}: the slides' way to find them (gradient descent with "
+                f"momentum to 1e-4) takes at least {SLOWED:g} times as many steps after training as before "
+                "(median of the seeds)",
+                f"{times(map(slowdown, plain))}; least eigenvalue {soft(plain)}",
+                median(map(slowdown, plain)) >= SLOWED,
             )
     if ours := runs.where(row="l-bfgs-plain"):
-        claims_of_rows.append(
-            Claim(
-                f"Preconditioned L-BFGS to 1e-8, along the same training: at most {HELD:g} times as many, with every "
-                "seed",
-                f"{times(map(grown, ours))}; least eigenvalue {soft(ours)}",
-                max(map(grown, ours)) <= HELD,
-            )
+        yield Claim(
+            f"Preconditioned L-BFGS to 1e-8, along the same training: at most {HELD:g} times as many, with every seed",
+            f"{times(map(grown, ours))}; least eigenvalue {soft(ours)}",
+            max(map(grown, ours)) <= HELD,
         )
-    for inner in INNER:
-        pairs = {way: runs.couples(f"{inner}-plain", f"{inner}-{way}") for way in HELPS if way != "plain"}
-        claims_of_rows += [
-            helps(inner, way, pair) for way, pair in pairs.items() if runs.where(row=f"{inner}-{way}") and pair
-        ]
-    return claims_of_rows
+    for name, row in ROWS.items():
+        pairs = runs.couples(f"{row.inner}-plain", name)
+        if row.way != "plain" and pairs:
+            yield helps(row, pairs)
 
 
-def helps(inner: Inner, way: str, pairs: list[tuple[Line, Line]]) -> Claim:
+def helps(row: Row, pairs: list[tuple[Line, Line]]) -> Claim:
     """Compares the seeds that both rows have."""
     plain, helped = (Runs(pair[i] for pair in pairs) for i in (0, 1))
     before, after = (mean(map(slowdown, one)) for one in (plain, helped))
     losses = [told(map(lowered, one), 2) for one in (plain, helped)]
     return Claim(
-        f"Densities by {INNER[inner]}: with {HELPS[way].label}, gradient descent slows down at most half "
+        f"Densities by {INNER[row.inner]}: with {row.help.label}, gradient descent slows down at most half "
         "as much (mean of the seeds)",
         f"{times(map(slowdown, plain))} without, {times(map(slowdown, helped))} with; least eigenvalue "
         f"{soft(plain)} and {soft(helped)}; loss {losses[0]} and {losses[1]} of its start",
@@ -441,99 +424,88 @@ def protocol(config: StabilityConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: StabilityConfig, runs: Runs) -> list[str]:
+def notes(config: StabilityConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    sentences = [
+    yield (
         "A count always begins at the superposition of atoms, so that what the training had found before does not "
-        "help; the steps during training itself, from the density before, are fewer.",
+        "help; the steps during training itself, from the density before, are fewer."
+    )
+    yield (
         "Both ways run in coordinates of the overlap, in which the Hessian is far better conditioned than in those of "
         "the raw coefficients. Descent with momentum 0.9 takes a number of steps that hardly depends on the least "
-        "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down.",
-    ]
+        "eigenvalue as long as that is above (1 − √0.9)²/rate, some 0.9 hartree; only below does it slow down."
+    )
     if config.optimizer == "least-squares":
-        sentences.append(
+        yield (
             "Gauss-Newton cannot take what is drawn at random in every evaluation: fixed-point correction at random "
             "iterates and the penalty on the Hessian are rows of --optimizer l-bfgs and adam."
         )
-    return sentences + missing(len(jobs(config)), runs)
+    yield from missing(len(jobs(config)), runs)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
+def drawings(config: StabilityConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """A figure for each minimizer that has runs, and one for all."""
-    rows = there(config, runs)
-    names = {"descent": "by-descent", "l-bfgs": "by-l-bfgs"}
-    figures = []
+    rows = there(rows_of(config), runs)
     for inner, title in INNER.items():
-        of_inner = [row for row in rows if split(row)[0] == inner]
-        if of_inner:
-            figures.append(
-                CaptionedFigure(
-                    names[inner],
-                    along_training(runs, of_inner),
-                    f"Trained with densities found by {title}: steps of a minimization from the superposition of atoms "
-                    "(mean of the molecules), the least and the largest eigenvalue of their Hessians, during training; "
-                    "a line a seed.",
-                )
+        if of_inner := [name for name in rows if ROWS[name].inner == inner]:
+            yield CaptionedFigure(
+                f"by-{inner}",
+                along_training(runs, of_inner),
+                f"Trained with densities found by {title}: steps of a minimization from the superposition of atoms "
+                "(mean of the molecules), the least and the largest eigenvalue of their Hessians, during training; "
+                "a line a seed.",
             )
     if rows:
-        figures.append(
-            CaptionedFigure(
-                "by-eigenvalue",
-                by_eigenvalue(runs, rows),
-                "Steps after training (mean of the molecules) over the least eigenvalue then, a point a run: filled by "
-                "gradient descent, hollow by L-BFGS with the Hessian of the start; dotted, what they were before. "
-                "What was not found within the budget is left out.",
-            )
+        yield CaptionedFigure(
+            "by-eigenvalue",
+            by_eigenvalue(runs, rows),
+            "Steps after training (mean of the molecules) over the least eigenvalue then, a point a run: filled by "
+            "gradient descent, hollow by L-BFGS with the Hessian of the start; dotted, what they were before. "
+            "What was not found within the budget is left out.",
         )
-    return figures
 
 
-def marker_of(row: str) -> str:
-    """The marker of the row's remedy."""
-    from torchimplicit.recipes.runtime.page import MARKERS
+def look_of(row: str) -> dict[str, Any]:
+    """Colour and marker of the row's remedy."""
+    from torchimplicit.recipes.runtime.page import COLOURS, MARKERS
 
-    return MARKERS[list(HELPS).index(split(row)[1]) % len(MARKERS)]
-
-
-def colour_of(row: str) -> str:
-    """The colour of the row's remedy."""
-    from torchimplicit.recipes.runtime.page import COLOURS
-
-    return COLOURS[list(HELPS).index(split(row)[1]) % len(COLOURS)]
+    place = ROWS[row].place
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
 def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
     """The figure, with a point per run and minimizer."""
-    from torchimplicit.recipes.runtime.page import axes
+    from torchimplicit.recipes.runtime.page import axes, legend_beside
 
     figure, (panel,) = axes(1, width=6.4, height=3.9)
     for row in rows:
+        look = look_of(row)
         for number, line in enumerate(runs.where(row=row)):
-            named = HELPS[split(row)[1]].label if not number and split(row)[0] == split(rows[0])[0] else None
-            for way, face in (("descent", colour_of(row)), ("l_bfgs", "none")):
+            named = ROWS[row].help.label if not number and ROWS[row].inner == ROWS[rows[0]].inner else None
+            for way, face in (("descent", look["color"]), ("l_bfgs", "none")):
                 panel.scatter(
                     line["train.least"],
                     counted(line, way, "after"),
                     s=26,
-                    marker=marker_of(row),
+                    marker=look["marker"],
                     facecolor=face,
-                    edgecolor=colour_of(row),
+                    edgecolor=look["color"],
                     label=named if way == "descent" else None,
                 )
     for way in ("descent", "l_bfgs"):
         before = counted(runs.where(row=rows[0])[0], way, "before")
         panel.axhline(before, color="0.6", linewidth=0.8, linestyle=":")
     panel.set(xscale="log", yscale="log", xlabel="least eigenvalue, hartree", ylabel="steps")
-    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(panel)
     return figure
 
 
 def along_training(runs: Runs, rows: list[str]) -> Figure:
     """Steps and spectra during training, a line per run."""
-    from torchimplicit.recipes.runtime.page import LINES, axes
+    from torchimplicit.recipes.runtime.page import LINES, axes, legend_beside
 
     figure, panels = axes(3, width=4.0, height=3.6)
     for place, row in enumerate(rows):
@@ -542,12 +514,11 @@ def along_training(runs: Runs, rows: list[str]) -> Figure:
                 panel.plot(
                     [look["iteration"] for look in line["looks"]],
                     [look[what] for look in line["looks"]],
-                    color=colour_of(row),
                     linestyle=LINES[number % len(LINES)],
-                    marker=marker_of(row),
                     markersize=3.5,
                     linewidth=1.0 + 0.45 * (len(rows) - 1 - place),  # rows that coincide are all to be seen
-                    label=None if number else HELPS[split(row)[1]].label,
+                    label=None if number else ROWS[row].help.label,
+                    **look_of(row),
                 )
     for panel, title in zip(panels, ("steps", "least eigenvalue, hartree", "largest, hartree"), strict=True):
         panel.set(xlabel="iteration", title=title)
@@ -556,20 +527,14 @@ def along_training(runs: Runs, rows: list[str]) -> Figure:
             panel.set_ylim(0, 1.1 * high)
         else:
             panel.set_yscale("symlog", linthresh=max(1e-2, 1e-4 * high))
-    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(panels[-1])
     return figure
 
 
-TABLE = Published(
-    title="How hard a density is to find while its functional is trained",
-    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): with many "
+TABLE = table.published(
+    globals(),
+    "How hard a density is to find while its functional is trained",
+    "Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz): with many "
     "molecules the search takes longer and longer, and fixed-point correction helps but may cost performance; no "
     "figures. Those here are ours.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -14,7 +14,7 @@ import numpy as np
 from torchimplicit.recipes.physics.equations import EQUATIONS, EquationName
 from torchimplicit.recipes.physics.solve_equation import PhysicsConfig
 from torchimplicit.recipes.runtime import table
-from torchimplicit.recipes.runtime.page import COLOURS, axes
+from torchimplicit.recipes.runtime.page import COLOURS, axes, legend_beside
 from torchimplicit.recipes.runtime.settings import positive
 from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
@@ -477,7 +477,7 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
     for panel in panels:
         panel.set_ylim(low, high)
     panels[0].set_ylabel(MEASURES[MEASURE[equation]])
-    panels[-1].legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(panels[-1])
     return figure
 
 
@@ -496,7 +496,7 @@ def _lines(name: EquationName, predictions: dict[str, Array]) -> Figure:
         gap = np.maximum(np.abs(prediction - right).max(1), 1e-17)
         other.plot(grid[:, 0], gap, linewidth=1.2, label=MODELS[model].label, **_look(model))
     other.set(xlabel=next(iter(equation.inputs)), yscale="log", title="largest absolute error of a component")
-    other.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(other)
     return figure
 
 

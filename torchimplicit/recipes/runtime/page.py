@@ -202,6 +202,11 @@ def style(index: int) -> dict[str, Any]:
     }
 
 
+def legend_beside(panel: Axes) -> None:
+    """A legend to the right of a panel."""
+    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as PNG, atomically."""
     with replacing(path) as draft:

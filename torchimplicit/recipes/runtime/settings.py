@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin,
 
 from torchimplicit.recipes.runtime.errors import UserError, meant
 
+T = TypeVar("T")
+
 # -- Checks of settings, in the words of the command line --------------------------------------------------------------
 
 
@@ -46,6 +48,14 @@ def numbers(settings: Any, *names: str) -> None:
             raise UserError(f"{option(name)} must be positive numbers, at least one")
 
 
+def different(settings: Any, *names: str) -> None:
+    """Each must be a nonempty tuple without repetitions."""
+    for name in names:
+        chosen = getattr(settings, name)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise UserError(f"{option(name)} must be different names, at least one")
+
+
 def _each(settings: Any, names: Sequence[str], holds: Callable[[Any], bool], words: str) -> None:
     for name in names:
         value = getattr(settings, name)
@@ -63,10 +73,17 @@ def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
+def own_first(kind: type[T]) -> type[T]:
+    """Let a dataclass of keyword-only fields name its own before those it inherits, as ``--help`` shows them."""
+    inherited = {one.name for base in kind.__mro__[1:] if is_dataclass(base) for one in fields(base)}
+    every = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    ordered = sorted(every, key=lambda name: name in inherited)  # stable
+    kind.__dataclass_fields__ = {name: every[name] for name in ordered}  # type: ignore[attr-defined]
+    return kind
+
+
 # -- Dataclasses to plain values that JSON holds, and back -------------------------------------------------------------
 
-
-T = TypeVar("T")
 
 _NAMED = ("inf", "-inf", "nan")
 """Numbers that JSON cannot represent."""
