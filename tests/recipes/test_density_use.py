@@ -16,14 +16,13 @@ pytest.importorskip("pyscf")
 from rich.console import Console
 
 from tests.conftest import H2
-from torchimplicit.models.orbital_free import Domain, OrbitalFree
+from torchimplicit.models.orbital_free import Domain, NetworkConfig, OrbitalFree
 from torchimplicit.recipes.commands import parse
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density import training as runner
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import from_angstrom, named
 from torchimplicit.recipes.density.compute import compute, kohn_sham, superposition, unsolved
-from torchimplicit.recipes.density.examples import network_of
 from torchimplicit.recipes.density.guess import density_matrix
 from torchimplicit.recipes.density.integrals import made
 from torchimplicit.recipes.density.predict import Trained, density
@@ -120,10 +119,10 @@ def test_forces_are_the_slopes_of_the_energy(network):
 
 def _with_network(functional: OrbitalFree, record: Record, at: str) -> OrbitalFree:
     """With a network of the coefficients that does something."""
-    size = network_of([record], width=8, channels=2)
+    molecule = record.molecule_without_grid()
+    size = NetworkConfig.of([molecule], width=8, channels=2)
     found = OrbitalFree(replace(functional.config, network=size, network_at=at))
     found.load_state_dict(functional.state_dict(), strict=False)
-    molecule = record.molecule_without_grid()
     found.network.scale([found.network.known(molecule)[1](molecule.guess)], [found.network.known(molecule)[0].kinds])
     for last in (found.network.energy[-1], found.network.bond[-1]):
         torch.nn.init.normal_(last.weight, std=0.01)

@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 
 from rich.console import Console
 
-from torchimplicit.recipes.density import finetuning, molecules, single, stability, storage
+from torchimplicit.recipes.density import finetuning, gradients, molecules, single, stability, storage
 from torchimplicit.recipes.density.chemistry import distorted, named
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
@@ -156,8 +156,10 @@ def test_settings_that_make_no_sense():
         stability.jobs(stability.StabilityConfig(rows=("l-bfgs-hessian",)))
     drawn = stability.StabilityConfig(rows=("l-bfgs-hessian",), optimizer="adam")
     assert len(stability.jobs(drawn)) == 3
-    with pytest.raises(UserError, match="--molecules must be different"):
-        stability.StabilityConfig(molecules=())
+    for config in (stability.StabilityConfig, molecules.MoleculesConfig, gradients.TableConfig):
+        for twice in ((), ("H2", "H2")):
+            with pytest.raises(UserError, match="--molecules must be different"):
+                config(molecules=twice)
 
 
 def test_a_remedy_where_nothing_ails_is_not_tested():

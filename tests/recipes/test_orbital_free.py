@@ -21,7 +21,7 @@ from torchimplicit.recipes.density import training as runner
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.chemistry import named
 from torchimplicit.recipes.density.objective import DensityFit
-from torchimplicit.recipes.density.penalties import Curvature
+from torchimplicit.recipes.density.penalties import floor_residual, penalty
 from torchimplicit.recipes.density.quality import quality, summarized
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime.errors import UserError
@@ -190,24 +190,34 @@ def test_the_correction_adds_iterates(coarse):
 
 
 def test_penalties_know_the_spectrum_and_its_slope(coarse):
-    config = settings(optimizer="adam")
+    config = settings(optimizer="adam", inner_tolerance=1e-11, cold=True)
     functional = fitted(coarse, config, spread=0.5)
     case = Case.of(coarse)
     p = case.solved(functional, config).value.detach()
-    expected = curvature(case.problem(functional), p)
-    product = Curvature(case, functional, p)
-    lowest = product.lowest(torch.randn(coarse.size, dtype=torch.float64), 200)
-    assert float((lowest @ product(lowest)).detach()) == pytest.approx(float(expected.least), rel=1e-4)
+    expected = float(curvature(case.problem(functional), p).least)
+    config = replace(config, floor_weight=1.0, floor=2 * expected)
+    lacking, _ = floor_residual(config, case, functional, p, case.curvature(functional, p))
+    assert float(lacking.detach()) == pytest.approx(2**0.5 * 0.5, rel=1e-4)
 
-    config = replace(config, floor_weight=1.0, floor=2 * float(expected.least), hessian_weight=1e-3)
-    with DensityFit(functional, [coarse], config) as fit:
-        at = fit.weights
-        for _ in range(5):  # the eigenvector is followed
-            fit.loss_and_gradient(at)
-        loss, gradient = fit.loss_and_gradient(at)
-    without = DensityFit(functional, [coarse], replace(config, floor_weight=0.0, hessian_weight=0.0))
-    assert loss > without.loss_and_gradient(at)[0] + 0.2
-    assert np.isfinite(gradient).all()
+    generator = torch.Generator().manual_seed(0)
+    functional.zero_grad()
+    penalty(config, case, functional, p, generator).backward()
+    last = functional.factor[-1].weight
+    direction, values = torch.randn(last.shape, generator=generator, dtype=last.dtype), []
+    slope = float((last.grad * direction).sum())
+    for step in (1e-5, -1e-5):  # the density held fixed
+        with torch.no_grad():
+            last += step * direction
+        values.append(float(penalty(config, case, functional, p, generator).detach()))
+        with torch.no_grad():
+            last -= step * direction
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+    with DensityFit(functional, [coarse], replace(config, hessian_weight=1e-3)) as fit:
+        loss, gradient = fit.loss_and_gradient(fit.weights)
+        assert np.isfinite(gradient).all()
+        without = DensityFit(functional, [coarse], replace(config, floor_weight=0.0))
+        assert loss > without.loss_and_gradient(fit.weights)[0] + 0.2
 
 
 def test_a_density_that_is_not_found_is_rejected(coarse):

@@ -123,7 +123,7 @@ def test_densities_hold_the_electrons_and_their_energies_are_near(h2, record):
 
 
 def test_the_fit_is_the_constrained_minimum():
-    from torchimplicit.recipes.density.chemistry import constrained_fit
+    from torchimplicit.recipes.density.compute import constrained_fit
 
     generator = np.random.default_rng(0)
     root = generator.normal(size=(6, 6))

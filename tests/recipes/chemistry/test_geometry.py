@@ -11,9 +11,7 @@ import pytest
 from torchimplicit.recipes.density.chemistry import (
     ATOMS,
     BOHR,
-    MANY_ATOMS,
     Geometry,
-    check_size,
     distorted,
     from_angstrom,
     named,
@@ -67,7 +65,7 @@ def test_unknown_names_say_what_is_known():
         ([("H", (0, 0, 0)), ("H", (0, 0, 0.1))], 0, None, r"atoms 1 \(H\) and 2 \(H\) are 0.100 angstrom apart"),
         ([("H", (0, 0, 0)), ("H", (0, 0, 0))], 0, None, "0.000 angstrom apart"),
         ([("H", (0, 0, math.nan)), ("H", (0, 0, 1))], 0, None, "position of atom 1 is not finite"),
-        ([("H", (0, 0, 0))], 0, None, "1 electrons, an odd number: it has an open shell"),
+        ([("H", (0, 0, 0))], 0, None, "1 electrons, an odd number: a radical has an open shell"),
         ([("H", (0, 0, 0)), ("H", (0, 0, 1))], 1, None, r"charge \+1 has 1 electrons, an odd number"),
         ([("H", (0, 0, 0)), ("H", (0, 0, 1))], 2, None, "no electrons left"),
         ([("H", (0, 0, 0)), ("H", (0, 0, 1))], 3, None, "no electrons left"),
@@ -89,13 +87,6 @@ def test_a_nuclear_charge_that_no_element_has():
         Geometry(name="mine", charges=(0, 2), positions=((0, 0, 0), (0, 0, 3)))
     with pytest.raises(UserError, match="2 elements and 1 positions"):
         Geometry(name="mine", charges=(1, 1), positions=((0, 0, 0),))
-
-
-def test_large_molecules_need_a_flag():
-    check_size(named("CH4"))
-    chain = from_angstrom("chain", [("He", (0, 0, 3 * i)) for i in range(MANY_ATOMS + 1)])
-    with pytest.raises(UserError, match=r"has 41 atoms; .* --allow-large"):
-        check_size(chain)
 
 
 def test_distortions_are_random_and_repeatable():

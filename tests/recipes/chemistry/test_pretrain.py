@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from torchimplicit.recipes.density.learning_settings import Finetuning, Pretrain
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.density.split import located
+from torchimplicit.recipes.registry import settings as settings_of
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, RunOptions, create
 
@@ -186,6 +187,9 @@ def test_fine_tuning_lowers_the_loss(potential, tmp_path, gradient) -> None:
     assert after < before
     assert all(one["converged"] for one in results["test"])
     assert results["effort"][0]["steps"] > 0
+    # with one element, constants that are refitted leave no error in the mean
+    assert sum(one["energy_error"] for one in results["train"]) == pytest.approx(0, abs=1e-8)
+    assert abs(sum(one["trained_energy_error"] for one in results["train"])) > 1e-6
     assert len(results["reference"]) == len(results["test"]) == 1
 
 
@@ -199,12 +203,20 @@ def test_from_the_command_line(folder, tmp_path, capsys, monkeypatch) -> None:
     assert cli.main(["finetune", "first", *more]) == 0
     assert cli.main(["evaluate", "second"]) == 0
     capsys.readouterr()
+    assert cli.main(["finetune", "--steps", "2"]) == 2
+    assert "finetune needs the directory of a run of 'torchimplicit pretrain'" in capsys.readouterr().err
     assert cli.main(["finetune", "second", "--steps", "2"]) == 2
     assert "not a run of 'torchimplicit pretrain'" in capsys.readouterr().err
     assert cli.main(["finetune", "first", "--only", "He"]) == 2
     assert cli.main(["pretrain", *ask, "--kind", "density", "--steps", "2", "--output", "third"]) == 0
     assert cli.main(["finetune", "third"]) == 2
     assert "no minimum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "first"), [("pretrain", "kind"), ("finetune", "run")])
+def test_help_begins_with_a_command_s_own_options(command, first) -> None:
+    names = [one.name for one in fields(settings_of(command))]
+    assert names.index(first) < names.index("check_grid")
 
 
 @pytest.mark.parametrize("wrong", [{"labels": 0}, {"noise": -1.0}, {"width": 0}])

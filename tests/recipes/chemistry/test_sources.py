@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from torchimplicit.recipes.density import chemistry as sources
-from torchimplicit.recipes.density.chemistry import BOHR, Geometry, Refused, parse, read
+from torchimplicit.recipes.density.chemistry import BOHR, MANY_ATOMS, Geometry, Refused, gathered, parse, read
 from torchimplicit.recipes.runtime.errors import UserError
 
 WATER = "3\nwater\nO 0 0 0\nH 0.7572 0.5865 0\nH -0.7572 0.5865 0\n"
@@ -81,6 +81,26 @@ def test_what_can_be_a_source(tmp_path):
     assert isinstance(read(str(tmp_path / "sub"), charge=-1)[0], Geometry)
 
 
+def test_sources_are_gathered(tmp_path):
+    """Each molecule once; what is too large or has the name of another is told, alone by an error."""
+    for folder, distance in (("a", 0.7), ("b", 0.8)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.xyz").write_text(f"2\n\nH 0 0 0\nH 0 0 {distance}\n")
+    chain = f"{MANY_ATOMS + 1}\n\n" + "".join(f"He 0 0 {3 * i}\n" for i in range(MANY_ATOMS + 1))
+    (tmp_path / "b" / "chain.xyz").write_text(chain)
+    asked = ["H2O", str(tmp_path / "a"), str(tmp_path / "a" / "same.xyz"), str(tmp_path / "b")]
+    found, refused = gathered(asked)
+    assert [one.name for one in found] == ["H2O", "same"]
+    assert {one.name: one.reason for one in refused} == {
+        "chain": "41 atoms; more than 40 take hours and gigabytes",
+        "same": "another molecule has this name; rename its file",
+    }
+    found, _ = gathered(asked, allow_large=True, by_name=False, limit=1, smallest=True)
+    assert [len(one.charges) for one in found] == [3, 2, 2]
+    with pytest.raises(UserError, match=r"chain: 41 atoms.*--allow-large"):
+        gathered([str(tmp_path / "b" / "chain.xyz")], allow_large=False)
+
+
 @pytest.mark.parametrize("kind", ["gz", "bz2", ""])
 def test_archives(tmp_path, kind):
     path = tmp_path / ("set.tar" + (f".{kind}" if kind else ""))
@@ -113,7 +133,7 @@ def test_bad_sources(tmp_path):
         ("a.pdb", "must be an .xyz file, a folder"),
         ("a.xyz", "is not text"),
         ("b.xyz", "more than 1048576 bytes"),
-        ("c.xyz", "there is no molecule or file"),
+        ("c.xyz", "there is no file or folder"),
     ):
         with pytest.raises(UserError, match=said):
             read(str(tmp_path / name))

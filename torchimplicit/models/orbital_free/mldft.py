@@ -74,16 +74,12 @@ class MldftFunctional:
 
     def problem(self, sample: Any) -> Minimum:
         """The density of least energy with the sample's number of electrons, ``solve(problem, guess)``."""
-        weight = sample.dual_basis_integrals.to(self._like(sample))
+        weight = sample.dual_basis_integrals.to(sample.coeffs)
         electrons = torch.as_tensor(sample.n_electron).to(weight).reshape(())
         return Minimum(partial(self._energy, sample), LinearEquality(weight, electrons), batched=False)
 
     def _energy(self, sample: Any, p: Tensor) -> Tensor:
         return self(p, sample)
-
-    def _like(self, sample: Any) -> Tensor:
-        coefficients: Tensor = sample.coeffs
-        return coefficients
 
 
 def written_back(checkpoint: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torchimplicit.linear import CG, LSMR, MINRES, Dense, HessianMemory, Jacobi, LinearOperator, LinearSolver
 from torchimplicit.linear.iterative import IterativeSolver
 from torchimplicit.problems import Minimum
-from torchimplicit.recipes.density.gradient_figures import Solved
+from torchimplicit.recipes.density.gradient_figures import TOLERANCE, Solved
 from torchimplicit.recipes.density.optimum import Optimum
-from torchimplicit.recipes.density.settings import TOLERANCE
 from torchimplicit.solution import Status
 
 MOST = 2000

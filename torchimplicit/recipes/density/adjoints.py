@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,18 +19,26 @@ from torchimplicit.models.orbital_free.second import hessian
 from torchimplicit.problems import Minimum
 from torchimplicit.recipes.density.adjoint_solvers import solved
 from torchimplicit.recipes.density.case import quiet
+from torchimplicit.recipes.density.chemistry import Geometry, distorted, named
 from torchimplicit.recipes.density.gradient_figures import (
+    FELT,
     Beyond,
     Damped,
     Difference,
     Loosened,
+    MoleculeGradientsConfig,
     MoleculeResults,
     Nudged,
     Point,
     Softened,
 )
-from torchimplicit.recipes.density.optimum import Optimum, check, flat, load, made
-from torchimplicit.recipes.density.settings import FELT, MoleculeGradientsConfig
+from torchimplicit.recipes.density.integrals import need_pyscf
+from torchimplicit.recipes.density.optimum import Optimum, flat, made
+from torchimplicit.recipes.density.prepare import prepared
+from torchimplicit.recipes.density.settings import ChemistrySettings
+from torchimplicit.recipes.density.storage import file_name
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.run import Run, threads
 from torchimplicit.solution import Solution, Status
 from torchimplicit.solvers import LBFGS
@@ -287,23 +296,49 @@ def _point(optimum: Optimum) -> Point:
     )
 
 
-class MeasureRunner:
-    """Runs the measurement. Nothing is trained, apart from the functional if its settings ask for it."""
-
-    def check(self, config: MoleculeGradientsConfig) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: the molecule must be available."""
-        check(config)
-
-    def train(self, config: MoleculeGradientsConfig, run: Run, console: Console) -> bool:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`."""
-        with threads(1):
-            run.write_json("results.json", measured(config, load(config)))
-        return True
-
-    def evaluate(self, config: MoleculeGradientsConfig, run: Run, console: Console) -> None:
-        """See :class:`~torchimplicit.recipes.runtime.run.Runner`: measures again."""
-        with threads(1):
-            run.write_json("evaluation.json", measured(config, load(config)))
+# -- The runner; see :class:`torchimplicit.recipes.runtime.run.Runner` -------------------------------------------------
 
 
-RUNNER = MeasureRunner()
+def check(config: MoleculeGradientsConfig) -> None:
+    """Refuse settings that cannot be run here.
+
+    Raises:
+        UserError: the molecule is not known; it is not computed yet and PySCF is missing.
+    """
+    geometry, settings, folder = _asked(config)
+    if not (folder / file_name(geometry, settings)).is_file():
+        need_pyscf()
+
+
+def load(config: MoleculeGradientsConfig) -> Molecule:
+    """The molecule in its geometry.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    geometry, settings, folder = _asked(config)
+    there = prepared([geometry], settings, folder)
+    if there.failures:
+        raise UserError(f"{geometry.name}: {there.failures[0].reason}")
+    return there.molecules[0]
+
+
+def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings, Path]:
+    """The molecule, how it is computed, and its folder."""
+    geometry = named(config.molecule)
+    if config.sigma > 0:
+        geometry = distorted(geometry, config.sigma, config.seed, 0)
+    return geometry, ChemistrySettings(grid=config.grid), config.data_dir or cache_folder("molecules")
+
+
+def train(config: MoleculeGradientsConfig, run: Run, console: Console) -> bool:
+    """Measure."""
+    with threads(1):
+        run.write_json("results.json", measured(config, load(config)))
+    return True
+
+
+def evaluate(config: MoleculeGradientsConfig, run: Run, console: Console) -> None:
+    """Measure again."""
+    with threads(1):
+        run.write_json("evaluation.json", measured(config, load(config)))

@@ -12,9 +12,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from torchimplicit.recipes.density import chemistry as sources
 from torchimplicit.recipes.density.case import Case
-from torchimplicit.recipes.density.chemistry import Geometry, check_size, symbol
+from torchimplicit.recipes.density.chemistry import Geometry, gathered, symbol
 from torchimplicit.recipes.density.compute import NotComputedError, compute, kohn_sham, superposition
 from torchimplicit.recipes.density.guess import density_matrix
 from torchimplicit.recipes.density.integrals import made
@@ -81,7 +80,9 @@ class Apply:
         if not self.molecules:
             raise UserError("density needs at least one molecule, such as H2O, water.xyz or a folder of xyz files")
         trained = Trained.of(self.run_path)
-        geometries, refused = self._geometries()
+        geometries, refused = gathered(
+            self.molecules, charge=self.charge, limit=self.limit, allow_large=self.allow_large
+        )
         for one in refused:
             console.print(f"Refused: {one.name}: {one.reason}", highlight=False, soft_wrap=True)
         with files.writing(self.output):
@@ -97,19 +98,6 @@ class Apply:
                 console.print(f"[bold]{geometry.name}[/bold]: {error}", highlight=False, soft_wrap=True)
         console.print(f"Written to {self.output}", highlight=False, soft_wrap=True)
         return int(failed > 0)
-
-    def _geometries(self) -> tuple[list[Geometry], list[sources.Refused]]:
-        geometries: list[Geometry] = []
-        refused: list[sources.Refused] = []
-        for source in self.molecules:
-            for one in sources.read(source, charge=self.charge, limit=self.limit):
-                if isinstance(one, sources.Refused):
-                    refused.append(one)
-                    continue
-                if not self.allow_large:
-                    check_size(one)
-                geometries.append(one)
-        return geometries, refused
 
     def _found(self, trained: Trained, geometry: Geometry, console: Console) -> bool:
         """Find a density, report it and write it; return whether it was found."""

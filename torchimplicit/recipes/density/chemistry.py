@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, inside
@@ -97,8 +96,8 @@ class Geometry:
             raise UserError(f"{self.name} with charge {self.charge:+d} has no electrons left: no density to speak of")
         if self.electrons % 2:
             raise UserError(
-                f"{self.name} with charge {self.charge:+d} has {self.electrons} electrons, an odd number: it has an "
-                "open shell, and only closed shells are supported; give another --charge"
+                f"{self.name} with charge {self.charge:+d} has {self.electrons} electrons, an odd number: a radical "
+                "has an open shell, and only closed shells are supported; an ion needs its --charge"
             )
 
     @property
@@ -167,19 +166,6 @@ def from_angstrom(
             "--electrons is wrong"
         )
     return Geometry(name=name, charges=tuple(charges), positions=tuple(positions), charge=charge)
-
-
-def check_size(geometry: Geometry) -> None:
-    """Refuse molecules that would take long.
-
-    Raises:
-        UserError: more than :data:`MANY_ATOMS` atoms.
-    """
-    if len(geometry.charges) > MANY_ATOMS:
-        raise UserError(
-            f"{geometry.name} has {len(geometry.charges)} atoms; more than {MANY_ATOMS} take hours and gigabytes: "
-            "--allow-large accepts them anyway"
-        )
 
 
 def distorted(geometry: Geometry, sigma: float, seed: int, copy: int) -> Geometry:
@@ -290,6 +276,8 @@ def named(name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
         UserError: it is not among those that are known, or it is refused with this charge.
     """
     if name not in ATOMS:
+        if Path(name).suffix or len(Path(name).parts) > 1:
+            raise UserError(f"there is no file or folder '{name}'")
         close = difflib.get_close_matches(name.upper(), [known.upper() for known in ATOMS], n=1, cutoff=0.99)
         meant = [f"; did you mean '{known}'?" for known in ATOMS if known.upper() in close]
         raise UserError(
@@ -480,6 +468,54 @@ def read(
     return geometries
 
 
+def gathered(
+    sources: Iterable[str],
+    *,
+    charge: int = 0,
+    electrons: int | None = None,
+    limit: int | None = None,
+    smallest: bool = False,
+    allow_large: bool | None = None,
+    by_name: bool = True,
+) -> tuple[list[Geometry], list[Refused]]:
+    """The molecules of several sources, each once, and those that cannot be used.
+
+    Args:
+        sources, charge, electrons, limit: see :func:`read`.
+        smallest: ``limit`` takes the molecules with the fewest atoms, instead of the first.
+        allow_large: accept molecules of more than :data:`MANY_ATOMS` atoms; ``None``: no, and the command has no option
+            for it.
+        by_name: refuse a molecule that has the name of another one: what is made of them is told apart by names.
+
+    Raises:
+        UserError: a source that cannot be read, or a source of one molecule that is refused.
+    """
+    every: dict[Geometry, None] = {}
+    names: set[str] = set()
+    refused: list[Refused] = []
+    for source in sources:
+        found = read(source, charge=charge, electrons=electrons, limit=None if smallest else limit)
+        refused += [one for one in found if isinstance(one, Refused)]
+        taken = [one for one in found if isinstance(one, Geometry)]
+        if smallest and len(taken) > 1:
+            taken = sorted(taken, key=lambda one: len(one.charges))[:limit]
+        for geometry in taken:
+            reason = ""
+            if not allow_large and len(geometry.charges) > MANY_ATOMS:
+                reason = f"{len(geometry.charges)} atoms; more than {MANY_ATOMS} take hours and gigabytes"
+                reason += "" if allow_large is None else ": --allow-large accepts them anyway"
+            elif by_name and geometry.name in names and geometry not in every:
+                reason = "another molecule has this name; rename its file"
+            if not reason:
+                every[geometry] = None
+                names.add(geometry.name)
+            elif len(found) == 1:
+                raise UserError(f"{geometry.name}: {reason}")
+            else:
+                refused.append(Refused(geometry.name, reason))
+    return list(every), refused
+
+
 def _folder(path: Path) -> Iterator[tuple[str, str, bytes]]:
     for file in sorted(path.rglob("*.xyz")):
         if file.is_file():
@@ -520,35 +556,3 @@ def _text(content: bytes, where: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{where} is not text") from None
-
-
-# -- A density of orbitals in a density basis --------------------------------------------------------------------------
-
-
-Array = NDArray[np.float64]
-
-
-def constrained_fit(coulomb: Array, potential: Array, constraints: Array, values: Array) -> Array:
-    """The coefficients whose error has the least Coulomb energy, among those with given integrals.
-
-    The minimum of :math:`\\tfrac12\\langle p,Jp\\rangle-\\langle b,p\\rangle` under :math:`C^\\top p=c` (Dunlap,
-    Connolly, Sabin, J. Chem. Phys. 71, 3396 (1979), who hold the number of electrons):
-
-    .. math:: \\begin{pmatrix}J&C\\\\ C^\\top&0\\end{pmatrix}\\begin{pmatrix}p\\\\ \\lambda\\end{pmatrix}
-              =\\begin{pmatrix}b\\\\ c\\end{pmatrix}
-
-    Args:
-        coulomb: J, ``[n, n]``, positive definite.
-        potential: b, ``[n, k]``: the Coulomb energies of the basis functions with each of k densities.
-        constraints: C, ``[n, m]``: what is held of each basis function, such as its integral.
-        values: c, ``[m, k]``: what each density has of it, such as its number of electrons.
-
-    Returns:
-        p, ``[n, k]``.
-    """
-    from scipy.linalg import solve  # heavy, and settings are made without it
-
-    n, m = constraints.shape
-    matrix = np.block([[coulomb, constraints], [constraints.T, np.zeros((m, m))]])
-    coefficients: Array = solve(matrix, np.concatenate([potential, values]), assume_a="sym")[:n]
-    return coefficients

@@ -13,8 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from torchimplicit.recipes.density import chemistry as sources
-from torchimplicit.recipes.density.chemistry import Geometry, Refused, check_size, distorted
+from torchimplicit.recipes.density.chemistry import Geometry, Refused, distorted, gathered
 from torchimplicit.recipes.density.prepare import Outcome, prepare, prepare_labels
 from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
 from torchimplicit.recipes.runtime.errors import UserError
@@ -108,27 +107,15 @@ class Molecules:
             raise UserError("--copies and --distort go together: how many distorted copies, and by how much")
 
     def _geometries(self) -> tuple[list[Geometry], list[Refused]]:
-        geometries: list[Geometry] = []
-        refused: list[Refused] = []
-        for source in self.sources:
-            read = sources.read(
-                source, charge=self.charge, electrons=self.electrons, limit=None if self.smallest else self.limit
-            )
-            refused += [one for one in read if isinstance(one, Refused)]
-            taken = [one for one in read if isinstance(one, Geometry)]
-            if self.smallest:
-                taken = sorted(taken, key=lambda one: len(one.charges))[: self.limit]
-            for geometry in taken:
-                try:
-                    if not self.allow_large:
-                        check_size(geometry)
-                except UserError as error:
-                    if len(read) == 1:
-                        raise
-                    refused.append(Refused(geometry.name, str(error)))
-                else:
-                    geometries.append(geometry)
-        geometries = list(dict.fromkeys(geometries))  # named twice, or in two folders
+        geometries, refused = gathered(
+            self.sources,
+            charge=self.charge,
+            electrons=self.electrons,
+            limit=self.limit,
+            smallest=self.smallest,
+            allow_large=self.allow_large,
+            by_name=False,
+        )
         distortions: list[Geometry] = []
         for geometry in geometries:
             for copy in range(1, self.copies + 1):

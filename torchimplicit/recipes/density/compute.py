@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchimplicit.recipes.density.chemistry import Geometry, constrained_fit
+from torchimplicit.recipes.density.chemistry import Geometry
 from torchimplicit.recipes.density.integrals import (
     Array,
     attraction,
@@ -23,6 +23,7 @@ from torchimplicit.recipes.density.integrals import (
     grid,
     made,
     potentials,
+    three_centre,
 )
 from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings
@@ -35,33 +36,6 @@ class NotComputedError(Exception):
     """A calculation that failed, with the molecule and the reason."""
 
 
-def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
-    """Run the Kohn-Sham calculation of a molecule and derive everything that a density functional needs of it.
-
-    Raises:
-        NotComputedError: the iteration does not converge, or PySCF fails.
-        UserError: see :func:`check_functional` and :func:`check_bases`.
-    """
-    check_functional(settings.functional)
-    check_bases(geometry, settings)
-    with computing():
-        return _compute(geometry, settings)
-
-
-def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
-    """Everything a density functional needs to find a molecule's density, without a Kohn-Sham calculation: the energies
-    and the reference density are NaN.
-
-    Raises:
-        NotComputedError: PySCF fails.
-        UserError: see :func:`check_bases`.
-    """
-    check_bases(geometry, settings)
-    with computing():
-        mol = made(geometry, settings.orbital_basis)
-        return _record_of(geometry, settings, mol, [superposition(mol)])
-
-
 @contextmanager
 def computing() -> Iterator[None]:
     """Turn PySCF's exceptions into a :class:`NotComputedError`."""
@@ -71,7 +45,16 @@ def computing() -> Iterator[None]:
         raise NotComputedError(f"PySCF fails with {type(error).__name__}: {error}") from error
 
 
-def _compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
+@computing()
+def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
+    """Run the Kohn-Sham calculation of a molecule and derive everything that a density functional needs of it.
+
+    Raises:
+        NotComputedError: the iteration does not converge, or PySCF fails.
+        UserError: see :func:`check_functional` and :func:`check_bases`.
+    """
+    check_functional(settings.functional)
+    check_bases(geometry, settings)
     began = time.monotonic()
     mol = made(geometry, settings.orbital_basis)
     atoms = superposition(mol)
@@ -87,6 +70,20 @@ def _compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
         hartree=float(energies.ecoul),
         seconds=time.monotonic() - began,
     )
+
+
+@computing()
+def unsolved(geometry: Geometry, settings: ChemistrySettings) -> Record:
+    """Everything a density functional needs to find a molecule's density, without a Kohn-Sham calculation: the energies
+    and the reference density are NaN.
+
+    Raises:
+        NotComputedError: PySCF fails.
+        UserError: see :func:`check_bases`.
+    """
+    check_bases(geometry, settings)
+    mol = made(geometry, settings.orbital_basis)
+    return _record_of(geometry, settings, mol, [superposition(mol)])
 
 
 def superposition(mol: Any) -> Array:
@@ -131,7 +128,7 @@ def _record_of(geometry: Geometry, settings: ChemistrySettings, mol: Any, densit
     nuclear = mol.intor("int1e_nuc")
     held = np.array([[geometry.electrons] * len(densities), [float(np.vdot(nuclear, one)) for one in densities]])
     conditions = np.stack([basis.integrals().numpy(), external], axis=1)
-    fitted = constrained_fit(coulomb, potentials(mol, fitting, densities), conditions, held)
+    fitted = constrained_fit(coulomb, potentials(three_centre(mol, fitting), densities), conditions, held)
     points, quadrature = grid(mol, settings.grid)
     unknown: dict[str, Any] = dict.fromkeys(
         ("energy", "kinetic", "exchange_correlation", "attraction", "hartree", "seconds"), math.nan
@@ -158,3 +155,29 @@ def _record_of(geometry: Geometry, settings: ChemistrySettings, mol: Any, densit
         software=f"PySCF {pyscf.__version__}",
         **tensors,
     )
+
+
+def constrained_fit(coulomb: Array, potential: Array, constraints: Array, values: Array) -> Array:
+    """The coefficients whose error has the least Coulomb energy, among those with given integrals.
+
+    The minimum of :math:`\\tfrac12\\langle p,Jp\\rangle-\\langle b,p\\rangle` under :math:`C^\\top p=c` (Dunlap,
+    Connolly, Sabin, J. Chem. Phys. 71, 3396 (1979), who hold the number of electrons):
+
+    .. math:: \\begin{pmatrix}J&C\\\\ C^\\top&0\\end{pmatrix}\\begin{pmatrix}p\\\\ \\lambda\\end{pmatrix}
+              =\\begin{pmatrix}b\\\\ c\\end{pmatrix}
+
+    Args:
+        coulomb: J, ``[n, n]``, positive definite.
+        potential: b, ``[n, k]``: the Coulomb energies of the basis functions with each of k densities.
+        constraints: C, ``[n, m]``: what is held of each basis function, such as its integral.
+        values: c, ``[m, k]``: what each density has of it, such as its number of electrons.
+
+    Returns:
+        p, ``[n, k]``.
+    """
+    from scipy.linalg import solve  # heavy, and settings are made without it
+
+    n, m = constraints.shape
+    matrix = np.block([[coulomb, constraints], [constraints.T, np.zeros((m, m))]])
+    coefficients: Array = solve(matrix, np.concatenate([potential, values]), assume_a="sym")[:n]
+    return coefficients

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchimplicit.constraints import project
 from torchimplicit.coordinates import Metric
-from torchimplicit.models.orbital_free import CoefficientNetwork, Molecule, NetworkConfig, OrbitalFree, element_counts
+from torchimplicit.models.orbital_free import CoefficientNetwork, Molecule, OrbitalFree, element_counts
 from torchimplicit.models.orbital_free.network import Graph
 from torchimplicit.models.orbital_free.response import plane, response
 from torchimplicit.models.orbital_free.second import linear_columns
@@ -173,17 +173,6 @@ class Example:
         """Rows ``[k, atoms, length]`` moved by ``[k, n]`` in the metric's coordinates."""
         flat = torch.zeros_like(rows).flatten(1).index_copy(1, self.place, displacement @ self.shift)
         return rows + flat.view_as(rows)
-
-
-def network_of(records: Sequence[Record], **size: int) -> NetworkConfig:
-    """The network's config for the elements and bases of some molecules."""
-    elements = sorted({charge for record in records for charge in record.geometry.charges})
-    largest = max(int(record.basis.angular.max()) for record in records)
-    shells = [0] * (largest + 1)
-    for record in records:
-        for l, number in zip(record.basis.angular.tolist(), record.basis.numbers().tolist(), strict=True):
-            shells[l] = max(shells[l], number + 1)
-    return NetworkConfig(elements=tuple(elements), shells=tuple(shells), **size)
 
 
 def slopes_of(

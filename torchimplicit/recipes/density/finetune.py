@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from rich.console import Console
 
-from torchimplicit.models.orbital_free import OrbitalFree, element_counts
+from torchimplicit.models.orbital_free import Molecule, OrbitalFree, element_counts
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining
@@ -111,6 +111,8 @@ def pretrained(config: Finetuning) -> tuple[Pretraining, Trained, float]:
     Raises:
         UserError: the run is none, or has no functional.
     """
+    if config.run == Path():
+        raise UserError("finetune needs the directory of a run of 'torchimplicit pretrain', such as runs/pretrain/001")
     run, _, settings = opened(config.run)
     if not isinstance(settings, Pretraining):
         raise UserError(f"{config.run} is not a run of 'torchimplicit pretrain', which is what finetune goes on from")
@@ -199,13 +201,11 @@ class _Finetuner:
         functional.load_state_dict(read_checkpoint(run.best)["weights"])
         constants = functional.constants.detach().clone()
         chosen = {name: self.files["train"][name] for name in self.names}
-        by_split = {
-            "before": measured(before, self.files["test"], self.training, spectrum=config.spectrum),
-            "before_train": measured(before, chosen, self.training, look_closer=False),
-            "train": measured(functional, chosen, self.training, look_closer=False),
-        }
+        found = measured(before, self.files["test"], self.training, spectrum=config.spectrum)
+        found_train = measured(before, chosen, self.training, look_closer=False)
+        train = measured(functional, chosen, self.training, look_closer=False)
         if not config.energy_weight:  # nothing has trained the constants, on which no density depends
-            _refit(functional, self.cases, by_split["train"])
+            train = _refitted(functional, [case.molecule for case in self.cases], train)
         test = measured(functional, self.files["test"], self.training, spectrum=config.spectrum, constants=constants)
         Trained(functional, self.trained.domain, self.trained.chemistry).save(run)
         tenth = max(1, len(self.efforts) // 10)
@@ -214,11 +214,13 @@ class _Finetuner:
             kind=self.pretraining.kind,
             weights=self.weights,
             trained_on=self.names,
+            before=found,
             test=test,
-            **by_split,
+            before_train=found_train,
+            train=train,
             reference_before=_at_reference(before, self.files["test"].values()),
             reference=_at_reference(functional, self.files["test"].values()),
-            spurious_before=share_spurious(by_split["before"], self.files["test"]),
+            spurious_before=share_spurious(found, self.files["test"]),
             spurious=share_spurious(test, self.files["test"]),
             effort=[_mean(part) for part in (self.efforts[:tenth], self.efforts[-tenth:]) if part],
             pretraining_seconds=self.pretraining_seconds,
@@ -262,10 +264,17 @@ def _mean(efforts: Sequence[Effort]) -> Effort:
 
 
 @torch.no_grad()
-def _refit(functional: OrbitalFree, cases: Sequence[Case], qualities: Sequence[Quality]) -> None:
-    """Fit the elements' constants to the energies at the training molecules' minima."""
-    missing = torch.tensor([-one.energy_error for one in qualities], dtype=torch.float64)
-    functional.constants.add_(torch.linalg.pinv(element_counts([case.molecule for case in cases])) @ missing)
+def _refitted(functional: OrbitalFree, molecules: Sequence[Molecule], qualities: Sequence[Quality]) -> list[Quality]:
+    """Fit the elements' constants to the energies at the training molecules' minima; their qualities with these
+    constants."""
+    counts = element_counts(molecules)
+    errors = torch.tensor([one.energy_error for one in qualities], dtype=torch.float64)
+    shift = -torch.linalg.pinv(counts) @ errors
+    functional.constants.add_(shift)
+    return [
+        replace(one, energy_error=one.energy_error + more)
+        for one, more in zip(qualities, (counts @ shift).tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is measured of the gradients at one molecule's minimum."""
+"""What is measured of the gradients at one molecule's minimum: its settings, and the figures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,103 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import linear_regression
+from typing import Literal
 
-from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.settings import from_plain
+from torchimplicit.recipes.density.settings import MoleculeFiles
+from torchimplicit.recipes.runtime.errors import UserError
+from torchimplicit.recipes.runtime.settings import not_negative, option, own_first, positive
+
+# -- The settings ------------------------------------------------------------------------------------------------------
+
+State = Literal["fitted", "trained"]
+"""The functional: only fitted, or one with less von Weizsäcker energy that was also trained."""
+
+STATES: tuple[State, ...] = ("fitted", "trained")
+
+WEIZSAECKER: dict[State, float] = {"fitted": 0.4, "trained": 0.05}
+
+SPREAD: dict[State, float] = {"fitted": 0.1, "trained": 0.3}
+"""Standard deviation of the weights in the enhancement factor's last layer."""
+
+LEARNING_RATE = 3e-3
+
+FELT = 0.05
+"""Smallest share of the gradient that must come through the mode that is softened."""
+
+TOLERANCE = 1e-8
+"""Relative tolerance on the residual, for the solvers that have one."""
+
+
+@own_first
+@dataclass(frozen=True, kw_only=True)
+class MoleculeGradientsConfig(MoleculeFiles):
+    """One molecule and one functional with random network weights: every gradient estimator at its minimum."""
+
+    molecule: str = "H2"
+    """The molecule, by formula: H2, H2O, NH3, CH4 and others."""
+
+    state: State = "fitted"
+    """fitted: 0.4 times the von Weizsäcker energy and a network of small weights. trained: 0.05 times it and larger
+    weights, then some steps of Adam, which widens the spectrum."""
+
+    seed: int = 0
+    """Random seed of the network's weights, the geometry and the directions."""
+
+    sigma: float = 0.04
+    """Standard deviation of the nuclei's random displacements, in angstrom; 0 keeps the molecule's own geometry."""
+
+    training_steps: int = 60
+    """Steps of Adam, for the trained state."""
+
+    tolerance: float = 1e-10
+    """Tolerance of the minimizations on the norm of the projected gradient, in hartree, in the overlap's
+    coordinates."""
+
+    directions: int = 6
+    """Number of random directions in parameter space along which finite differences are taken."""
+
+    step: float = 3e-3
+    """Smallest step of the finite differences: the length of the parameters' displacement."""
+
+    nudges: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)
+    """Nudges of equilibrium propagation, relative to the cotangent's length."""
+
+    loss_nudges: tuple[float, ...] = (0.1, 1e-2, 1e-3, 1e-4)
+    """Weights of the loss in the energy, for propagation with the whole loss."""
+
+    loose: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
+    """Tolerances of the minimizations in equilibrium propagation."""
+
+    beyond: tuple[float, ...] = (0.1, 0.5, 0.9, 1.1, 2.0, 5.0)
+    """Weights of the loss, relative to the least eigenvalue, for the symmetric difference."""
+
+    damping: float = 0.25
+    """Damping, relative to the softest eigenvalue, in the runs that soften it."""
+
+    softness: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, -1e-3, -1e-2, -0.1, -0.4)
+    """Values to which the softest eigenvalue is moved, relative to its own."""
+
+    descent_steps: int = 2000
+    """Steps of gradient descent and Adam on the least-squares form of the adjoint system."""
+
+    most_steps: int = 40
+    """Largest number of steps of a minimization that may have no minimum."""
+
+    repeats: int = 5
+    """Number of times each adjoint solver is timed, in turn with the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "tolerance", "directions", "step", "damping", "descent_steps", "most_steps", "repeats")
+        not_negative(self, "seed", "sigma", "training_steps")
+        for name in ("nudges", "loss_nudges", "loose", "beyond"):
+            if len(getattr(self, name)) < 2 or not all(value > 0 for value in getattr(self, name)):
+                raise UserError(f"{option(name)} must be positive numbers, two at least")
+        if 1.0 not in self.softness:
+            raise UserError(f"{option('softness')} must hold 1, the eigenvalue as it is")
+
+
+# -- The figures -------------------------------------------------------------------------------------------------------
 
 FIT = (1e-6, 1e-2)
 """Range of errors in which slopes are fitted: smaller errors are the minimization's own, larger ones follow no power
@@ -190,11 +284,6 @@ class MoleculeResults:
         """The error of the symmetric difference with this weight of the loss and tolerance (:class:`Loosened`)."""
         matching = (one for one in self.loosened if (one.nudge, one.tolerance) == (weight, tolerance))
         return next(matching).symmetric
-
-    @staticmethod
-    def of(run: Run) -> MoleculeResults:
-        """Read what a run has written."""
-        return from_plain(MoleculeResults, run.read_json("results.json"))
 
 
 def slope(nudges: Sequence[float], errors: Sequence[float]) -> float:

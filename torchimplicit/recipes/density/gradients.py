@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density import chemistry as known
-from torchimplicit.recipes.density.gradient_figures import MoleculeResults, Point, Softened
-from torchimplicit.recipes.density.results import PRECISION, labelled
-from torchimplicit.recipes.density.settings import (
+from torchimplicit.recipes.density.gradient_figures import (
     FELT,
     LEARNING_RATE,
     SPREAD,
@@ -19,21 +16,16 @@ from torchimplicit.recipes.density.settings import (
     TOLERANCE,
     WEIZSAECKER,
     MoleculeGradientsConfig,
+    MoleculeResults,
+    Point,
+    Softened,
     State,
 )
+from torchimplicit.recipes.density.results import PRECISION, labelled
+from torchimplicit.recipes.density.settings import MoleculeFiles
 from torchimplicit.recipes.runtime import table
-from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import from_plain, not_negative, option
-from torchimplicit.recipes.runtime.table import (
-    CaptionedFigure,
-    Cell,
-    Claim,
-    Job,
-    Plan,
-    Published,
-    Runs,
-    TitledTable,
-)
+from torchimplicit.recipes.runtime.settings import different, from_plain, not_negative, own_first
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,33 +45,23 @@ LINEAR = ("implicit", "damped")
 """Estimators that solve a linear system, which has a solution at a saddle point too."""
 
 
+@own_first
 @dataclass(frozen=True, kw_only=True)
-class TableConfig:
+class TableConfig(MoleculeFiles):
     """Gradients through the minimum of a density functional, for several molecules."""
 
     molecules: tuple[str, ...] = ("H2", "H2O")
     """Molecules, by formula. NH3 and CH4 take minutes longer."""
 
-    data_dir: Path | None = None
-    """Folder of computed molecules. Default: the user's cache. Missing molecules are computed by PySCF."""
-
     sigma: float = 0.04
     """Standard deviation of the nuclei's random displacements, in angstrom. Each seed gives another geometry."""
-
-    grid: int = 1
-    """Level of the integration grid, 0 to 9."""
 
     plan: Plan = field(default_factory=lambda: Plan(seeds=2))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         not_negative(self, "sigma")
-        if not self.molecules or len(set(self.molecules)) < len(self.molecules):
-            raise UserError(f"{option('molecules')} must be different molecules, at least one")
-
-
-def default() -> TableConfig:
-    """The table."""
-    return TableConfig()
+        different(self, "molecules")
 
 
 ESTIMATORS = ("implicit", "damped", "one-sided, whole loss", "symmetric")
@@ -187,14 +169,14 @@ def groups_of(config: TableConfig, runs: Runs) -> list[Group]:
 # -- sheets ------------------------------------------------------------------------------------------------------------
 
 
-def sheets(config: TableConfig, runs: Runs) -> list[TitledTable]:
+def sheets(config: TableConfig, runs: Runs) -> Iterator[TitledTable]:
     """All tables; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
-    if not groups:
-        return []
-    tables = [_minima(groups), *(one(groups, settings) for one in (_nudges, _loosened, _beyond, _damped))]
-    tables += [_softened(group, settings) for group in groups]
-    return tables + [_adjoint(group, settings) for group in groups]
+    if groups:
+        yield _minima(groups)
+        yield from (one(groups, settings) for one in (_nudges, _loosened, _beyond, _damped))
+        yield from (_softened(group, settings) for group in groups)
+        yield from (_adjoint(group, settings) for group in groups)
 
 
 def _minima(groups: Sequence[Group]) -> TitledTable:
@@ -342,151 +324,126 @@ def failed(statuses: Iterable[str]) -> str:
 # -- claims ------------------------------------------------------------------------------------------------------------
 
 
-def claims(config: TableConfig, runs: Runs) -> list[Claim]:
+def claims(config: TableConfig, runs: Runs) -> Iterator[Claim]:
     """All claims; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
-    every = [one for group in groups for one in group.results]
-    if not every:
-        return []
-    return [
-        *_exact_claims(every),
-        *_propagated_claims(every),
-        *_softened_claims(every, settings),
-        *_solved_claims(groups),
-    ]
+    if every := [one for group in groups for one in group.results]:
+        yield from _exact_claims(every)
+        yield from _propagated_claims(every)
+        yield from _softened_claims(every, settings)
+        yield from _solved_claims(every)
 
 
-def _exact_claims(every: Sequence[MoleculeResults]) -> list[Claim]:
+def _exact_claims(every: Sequence[MoleculeResults]) -> Iterator[Claim]:
     worst = max(one.difference.error for one in every)
-    return [
-        Claim(
-            f"Finite differences of the loss agree with the implicit gradient to {FINITE_DIFFERENCES:g}",
-            f"at worst {worst:.1e}, over {len(every)} minima",
-            worst < FINITE_DIFFERENCES,
-        )
-    ]
+    yield Claim(
+        f"Finite differences of the loss agree with the implicit gradient to {FINITE_DIFFERENCES:g}",
+        f"at worst {worst:.1e}, over {len(every)} minima",
+        worst < FINITE_DIFFERENCES,
+    )
 
 
-def _propagated_claims(every: Sequence[MoleculeResults]) -> list[Claim]:
+def _propagated_claims(every: Sequence[MoleculeResults]) -> Iterator[Claim]:
     one_sided, symmetric = ([one.slope(form) for one in every] for form in ("one_sided", "symmetric"))
+    yield Claim(
+        "The error of one-sided propagation is of first order in the nudge, that of the symmetric one of second: "
+        "slopes 1 and 2, to 0.2",
+        f"{between(one_sided, '.2f')}, and {between(symmetric, '.2f')}",
+        all(abs(s - 1) < 0.2 for s in one_sided) and all(abs(s - 2) < 0.2 for s in symmetric),
+    )
     chosen = max(one.automatic["symmetric"] for one in every)
-    apart = max(entry.apart for one in every for entry in one.damped)
-    early = [one.symmetric(1e-4, 1e-4) for one in every]
-    late = [one.symmetric(1e-4, 1e-8) for one in every]
+    yield Claim(
+        f"With the nudge that it chooses, symmetric propagation is within {AUTOMATIC:g} of the exact gradient",
+        f"at worst {chosen:.1e}",
+        chosen < AUTOMATIC,
+    )
+    early, late = ([one.symmetric(1e-4, tolerance) for one in every] for tolerance in (1e-4, 1e-8))
+    yield Claim(
+        "With a weight of 1e-4, minimizing to 1e-4 spoils the gradient (more than half of it is wrong) and "
+        "minimizing to 1e-8 does not (less than 5 %)",
+        f"errors from {between(early, '.2g')}, and from {between(late, '.1e')}",
+        min(early) > 0.5 and max(late) < 0.05,
+    )
     inside = [entry.error for one in every for entry in one.beyond if entry.share == 0.1]
     outside = [entry for one in every for entry in one.beyond if entry.share >= 2]
     lost = sum(entry.status != "CONVERGED" or entry.error > 0.5 for entry in outside)
-    return [
-        Claim(
-            "The error of one-sided propagation is of first order in the nudge, that of the symmetric one of second: "
-            "slopes 1 and 2, to 0.2",
-            f"{min(one_sided):.2f} to {max(one_sided):.2f}, and {min(symmetric):.2f} to {max(symmetric):.2f}",
-            all(abs(s - 1) < 0.2 for s in one_sided) and all(abs(s - 2) < 0.2 for s in symmetric),
-        ),
-        Claim(
-            f"With the nudge that it chooses, symmetric propagation is within {AUTOMATIC:g} of the exact gradient",
-            f"at worst {chosen:.1e}",
-            chosen < AUTOMATIC,
-        ),
-        Claim(
-            "With a weight of 1e-4, minimizing to 1e-4 spoils the gradient (more than half of it is wrong) and "
-            "minimizing to 1e-8 does not (less than 5 %)",
-            f"errors from {min(early):.2g} to {max(early):.2g}, and from {min(late):.1e} to {max(late):.1e}",
-            min(early) > 0.5 and max(late) < 0.05,
-        ),
-        Claim(
-            "The symmetric difference with the whole loss needs a weight below the least eigenvalue: at a tenth of it "
-            "the error is below 10 %, from twice on the gradient is lost (no minimum is found, or half of it is wrong)",
-            f"at a tenth {min(inside):.1e} to {max(inside):.1e}; lost in {lost} of {len(outside)}",
-            max(inside) < 0.1 and lost == len(outside),
-        ),
-        Claim(
-            f"One-sided propagation with the whole loss is damped implicit differentiation, to {IDENTITY:.1%} for "
-            "weights up to 0.1",
-            f"{min(entry.apart for one in every for entry in one.damped):.1e} to {apart:.1e}",
-            apart < IDENTITY,
-        ),
-    ]
+    yield Claim(
+        "The symmetric difference with the whole loss needs a weight below the least eigenvalue: at a tenth of it "
+        "the error is below 10 %, from twice on the gradient is lost (no minimum is found, or half of it is wrong)",
+        f"at a tenth {between(inside, '.1e')}; lost in {lost} of {len(outside)}",
+        max(inside) < 0.1 and lost == len(outside),
+    )
+    apart = [entry.apart for one in every for entry in one.damped]
+    yield Claim(
+        f"One-sided propagation with the whole loss is damped implicit differentiation, to {IDENTITY:.1%} for "
+        "weights up to 0.1",
+        between(apart, ".1e"),
+        max(apart) < IDENTITY,
+    )
 
 
-def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradientsConfig) -> list[Claim]:
+def _softened_claims(every: Sequence[MoleculeResults], settings: MoleculeGradientsConfig) -> Iterator[Claim]:
     factors = sorted(settings.softness, reverse=True)
-    small, below = factors.index(1e-3), factors.index(-1e-2)
-    grown = [one.softened[small].norm["implicit"] for one in every]
-    turned = [one.softened[below] for one in every]
+    grown = [one.softened[factors.index(1e-3)].norm["implicit"] for one in every]
+    yield Claim(
+        "As an eigenvalue goes to a thousandth of what it was, the exact gradient grows at least 50 times",
+        f"{between(grown, '.0f')} times",
+        min(grown) >= 50,
+    )
+    turned = [one.softened[factors.index(-1e-2)] for one in every]
     flipped = [entry.cosine["implicit"] for entry in turned]
+    yield Claim(
+        "Where it is slightly negative (-0.01 of what it was), the exact gradient points the other way",
+        f"cosines {between(flipped, '.2f')}",
+        max(flipped) < 0,
+    )
     saddles = sum(entry.status["implicit"] == "SADDLE" for entry in turned)
+    yield Claim("There the adjoint solve names the saddle", f"in {saddles} of {len(turned)}", saddles == len(turned))
     above = [one.softened[factors.index(1e-2)].cosine["implicit"] for one in every]
-    ways = ("damped", "one-sided, whole loss")
     held = [
         (entry.cosine[way], entry.norm[way], cosine)
         for entry, cosine in zip(turned, above, strict=True)
-        for way in ways
+        for way in ("damped", "one-sided, whole loss")
     ]
-    lost = sum(
-        entry.status["symmetric"] != "CONVERGED" for one in every for entry in one.softened if entry.eigenvalue < 0
+    cosines, sizes = [cosine for cosine, _, _ in held], [size for _, size, _ in held]
+    yield Claim(
+        "There damped differentiation and one-sided propagation keep the direction (a cosine with the gradient "
+        "before that is no less than the exact gradient has at +0.01) and a size below 20 times the first, with a "
+        f"damping of {settings.damping:g} of the eigenvalue",
+        f"cosines {between(cosines, '.2f')}, of the exact gradient at +0.01 {between(above, '.2f')}; "
+        f"sizes up to {max(sizes):.2g}",
+        all(c > 0 and c > exact - 0.01 and n < 20 for c, n, exact in held),
     )
-    count = sum(entry.eigenvalue < 0 for one in every for entry in one.softened)
-    return [
-        Claim(
-            "As an eigenvalue goes to a thousandth of what it was, the exact gradient grows at least 50 times",
-            f"{min(grown):.0f} to {max(grown):.0f} times",
-            min(grown) >= 50,
-        ),
-        Claim(
-            "Where it is slightly negative (-0.01 of what it was), the exact gradient points the other way",
-            f"cosines {min(flipped):.2f} to {max(flipped):.2f}",
-            max(flipped) < 0,
-        ),
-        Claim(
-            "There the adjoint solve names the saddle",
-            f"in {saddles} of {len(turned)}",
-            saddles == len(turned),
-        ),
-        Claim(
-            "There damped differentiation and one-sided propagation keep the direction (a cosine with the gradient "
-            "before that is no less than the exact gradient has at +0.01) and a size below 20 times the first, with a "
-            f"damping of {settings.damping:g} of the eigenvalue",
-            f"cosines {min(c for c, _, _ in held):.2f} to {max(c for c, _, _ in held):.2f}, of the exact gradient at "
-            f"+0.01 {min(above):.2f} to {max(above):.2f}; sizes up to {max(n for _, n, _ in held):.2g}",
-            all(c > 0 and c > exact - 0.01 and n < 20 for c, n, exact in held),
-        ),
-        Claim(
-            "At a saddle symmetric propagation finds no minimum",
-            f"in {lost} of {count}",
-            lost == count,
-        ),
-    ]
+    below = [entry for one in every for entry in one.softened if entry.eigenvalue < 0]
+    lost = sum(entry.status["symmetric"] != "CONVERGED" for entry in below)
+    yield Claim("At a saddle symmetric propagation finds no minimum", f"in {lost} of {len(below)}", lost == len(below))
 
 
-def _solved_claims(groups: Sequence[Group]) -> list[Claim]:
-    claims = []
-    every = [one for group in groups for one in group.results]
-    ill = [one for one in every if one.point.raw_condition > ILL]
+def _solved_claims(every: Sequence[MoleculeResults]) -> Iterator[Claim]:
     descents = ("gradient descent, least squares", "Adam, least squares")
-    if ill:
+    if ill := [one for one in every if one.point.raw_condition > ILL]:
         errors = {way: [one.adjoint["raw"][way].error for one in ill] for way in descents}
-        claims.append(
-            Claim(
-                f"In raw coordinates, where the condition is above {ILL:g}, the slides' least-squares form is not "
-                "solved in 2000 steps by gradient descent or by Adam (errors above 10 %)",
-                "; ".join(f"{way.split(',')[0]} {min(e):.2g} to {max(e):.2g}" for way, e in errors.items()),
-                min(min(e) for e in errors.values()) > 0.1,
-            )
+        yield Claim(
+            f"In raw coordinates, where the condition is above {ILL:g}, the slides' least-squares form is not "
+            "solved in 2000 steps by gradient descent or by Adam (errors above 10 %)",
+            "; ".join(f"{way.split(',')[0]} {between(e, '.2g')}" for way, e in errors.items()),
+            min(map(min, errors.values())) > 0.1,
         )
     for method in ("CG", "MINRES"):
         reference = [one.adjoint["overlap"][f"{method}, {REFERENCE}"] for one in every]
         plain = median(one.adjoint["raw"][method].products for one in every)
         most, error = max(one.products for one in reference), max(one.error for one in reference)
-        claims.append(
-            Claim(
-                f"{method} with the reference Hessian solves all of them to 1e-6 within 40 products",
-                f"at most {most:.0f} products, errors up to {error:.1e}; in raw coordinates without it {plain:.0f} "
-                "products (median)",
-                most <= 40 and error < 1e-6,
-            )
+        yield Claim(
+            f"{method} with the reference Hessian solves all of them to 1e-6 within 40 products",
+            f"at most {most:.0f} products, errors up to {error:.1e}; in raw coordinates without it {plain:.0f} "
+            "products (median)",
+            most <= 40 and error < 1e-6,
         )
-    return claims
+
+
+def between(values: Sequence[float], form: str) -> str:
+    """The least and the largest."""
+    return f"{min(values):{form}} to {max(values):{form}}"
 
 
 def protocol(config: TableConfig, runs: Runs) -> str:
@@ -507,9 +464,9 @@ def protocol(config: TableConfig, runs: Runs) -> str:
     )
 
 
-def notes(config: TableConfig, runs: Runs) -> list[str]:
+def notes(config: TableConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    sentences = [
+    yield from (
         "An eigenvalue is moved by taking half its change times the squared coordinate along its eigenvector off the "
         "energy: the point stays stationary, the rest of the spectrum what it is, and the gradient before is what the "
         f"others are compared with. The mode is the softest that carries at least {FELT:.0%} of the gradient: symmetry "
@@ -524,30 +481,25 @@ def notes(config: TableConfig, runs: Runs) -> list[str]:
         "the minimization runs.",
         "Gradient descent takes the largest safe step, one over the largest eigenvalue's square; Adam's rate is the "
         "best of three by the final error, which favours it.",
-    ]
-    saddles = sum(result.point.saddles for group in groups_of(config, runs) for result in group.results)
-    if saddles:
-        sentences.append(
+    )
+    if saddles := sum(result.point.saddles for group in groups_of(config, runs) for result in group.results):
+        yield (
             f"{saddles} minimizations ended at a saddle, with a projected gradient below the tolerance, and began "
             "again a little off it: L-BFGS from a symmetric start keeps the symmetry."
         )
-    missing = [job.name for job in jobs(config) if not runs.named(job.name)]
-    return [*sentences, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
+    yield from table.missing(jobs(config), runs, "Not measured")
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> list[CaptionedFigure]:
+def drawings(config: TableConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """All figures; none without runs."""
     groups, settings = groups_of(config, runs), usual(config)
-    if not groups:
-        return []
-    return [
-        _nudges_figure(groups, settings),
-        _softened_figure(groups[-1], settings),
-        _adjoint_figure(groups[-1], settings),
-    ]
+    if groups:
+        yield _nudges_figure(groups, settings)
+        yield _softened_figure(groups[-1], settings)
+        yield _adjoint_figure(groups[-1], settings)
 
 
 def _nudges_figure(groups: Sequence[Group], settings: MoleculeGradientsConfig) -> CaptionedFigure:
@@ -645,15 +597,9 @@ def _legend(figure: Figure) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
 
 
-TABLE = Published(
-    title="Gradients through the minimum of a density functional",
-    source="Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz), which "
+TABLE = table.published(
+    globals(),
+    "Gradients through the minimum of a density functional",
+    "Slides on fine-tuning density functionals under an electron-number constraint (Adamowicz), which "
     "report that the adjoint solve failed, without figures; the figures here are ours.",
-    jobs=jobs,
-    figures=figures,
-    protocol=protocol,
-    sheets=sheets,
-    claims=claims,
-    notes=notes,
-    drawings=drawings,
 )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from torchimplicit.models.orbital_free.on_grid import OnGrid
-from torchimplicit.recipes.density.integrals import density_basis, made, three_centre
+from torchimplicit.recipes.density.integrals import (
+    Array,
+    coulomb_matrix,
+    density_basis,
+    exchange_correlation,
+    made,
+    orbitals_on_grid,
+    three_centre,
+)
 from torchimplicit.recipes.density.record import Record
-
-Array = NDArray[np.float64]
 
 
 def density_matrix(p: Tensor, record: Record) -> Array:
@@ -31,37 +34,18 @@ def density_matrix(p: Tensor, record: Record) -> Array:
     """
     from pyscf import dft
 
-    field = dft.RKS(made(record.geometry, record.settings.orbital_basis), xc=record.settings.functional)
+    mol = made(record.geometry, record.settings.orbital_basis)
+    field = dft.RKS(mol, xc=record.settings.functional)
     field.grids.level = record.settings.scf_grid
-    matrix = field.get_hcore() + _coulomb(field.mol, p, record) + _exchange_correlation(field, p, record)
+    field.grids.build()
+    integrals = three_centre(mol, density_basis(mol, record.settings))
+    matrix = field.get_hcore() + coulomb_matrix(integrals, p.numpy())
+    rho = OnGrid(record.basis, torch.from_numpy(np.ascontiguousarray(field.grids.coords)))(p).numpy()
+    rho[0] = rho[0].clip(min=0)  # a fitted density may dip below
+    if field._numint._xc_type(field.xc) == "LDA":
+        rho = rho[0]
+    for part, orbitals in orbitals_on_grid(field):
+        matrix = matrix + exchange_correlation(field, part, orbitals, rho[..., part])[2]
     energies, orbitals = field.eig(matrix, field.get_ovlp())
     density: Array = np.asarray(field.make_rdm1(orbitals, field.get_occ(energies, orbitals)))
     return density
-
-
-def _coulomb(mol: Any, p: Tensor, record: Record) -> Array:
-    """Coulomb energy of the density with every pair of orbitals."""
-    fitting, total = density_basis(mol, record.settings), np.zeros((mol.nao, mol.nao))
-    for which, integrals in three_centre(mol, fitting):
-        total += integrals @ p[which].numpy()
-    return total
-
-
-def _exchange_correlation(field: Any, p: Tensor, record: Record) -> Array:
-    """The potential of the density between every pair of orbitals."""
-    from pyscf.dft import libxc
-
-    field.grids.build()
-    points = torch.from_numpy(np.ascontiguousarray(field.grids.coords))
-    fields = OnGrid(record.basis, points)(p)
-    rho, slopes = fields[0].clamp_min(0).numpy(), fields[1:].numpy()
-    local = libxc.xc_type(field.xc) == "LDA"
-    by = libxc.eval_xc(field.xc, rho if local else np.vstack([rho[None], slopes]))[1]  # rho, and sigma if it counts
-    orbitals = field._numint.eval_ao(field.mol, field.grids.coords, deriv=0 if local else 1)
-    weights = field.grids.weights
-    if local:
-        return np.asarray(orbitals.T @ ((weights * by[0])[:, None] * orbitals))
-    half = (0.5 * weights * by[0])[:, None] * orbitals[0]
-    half += np.einsum("p,xp,xpn->pn", 2 * weights * by[1], slopes, orbitals[1:])
-    matrix = orbitals[0].T @ half
-    return np.asarray(matrix + matrix.T)

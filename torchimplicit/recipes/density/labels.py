@@ -9,31 +9,40 @@ potential, which tells the slope of their kinetic energy (Zhang et al. 2024, M-O
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchimplicit.recipes.density.chemistry import Geometry, constrained_fit
-from torchimplicit.recipes.density.compute import NotComputedError, computing, kohn_sham, superposition
+from torchimplicit.recipes.density.chemistry import Geometry
+from torchimplicit.recipes.density.compute import (
+    NotComputedError,
+    computing,
+    constrained_fit,
+    kohn_sham,
+    superposition,
+)
 from torchimplicit.recipes.density.integrals import (
     Array,
     attraction,
     basis_of,
     check_bases,
     check_functional,
+    coulomb_matrix,
     density_basis,
+    exchange_correlation,
     made,
+    orbitals_on_grid,
+    potentials,
     three_centre,
 )
 from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
-from torchimplicit.recipes.density.storage import key
-
-POINTS_AT_ONCE = 4096
-"""Number of grid points whose basis functions are in memory together."""
+from torchimplicit.recipes.density.storage import Format, key, readable
+from torchimplicit.recipes.runtime.settings import to_plain
 
 EXPONENTS = (0.1, 6.0)
 """Exponents of the Gaussians used as added potentials, in 1/bohr²: these act on valence electrons rather than cores."""
@@ -41,6 +50,9 @@ EXPONENTS = (0.1, 6.0)
 TRIES = 4
 """How often the size of a perturbation is adjusted until the density is roughly at the wanted distance from the ground
 state."""
+
+
+# -- The labels of a molecule, and their files -------------------------------------------------------------------------
 
 
 @final
@@ -77,16 +89,35 @@ class Labels:
     gap: Tensor
     seconds: float
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
-        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-
     @property
     def learned(self) -> Tensor:
         """:math:`T_s+E_{xc}`, ``[labels]``."""
         return self.kinetic + self.exchange_correlation
 
 
+FILES = Format("labels", 1, Labels)
+
+
+def file_name(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> str:
+    """Name of a file of labels, which lies beside the molecule's own file."""
+    asked = key(geometry, chemistry, labels=to_plain(settings), labels_version=FILES.version)
+    return f"{readable(geometry.name)}-{asked}.labels.npz"
+
+
+def write(path: Path, labels: Labels) -> None:
+    """Write a file of labels; see :meth:`Format.write`."""
+    FILES.write(path, labels)
+
+
+def read(path: Path) -> Labels:
+    """Read a file of labels; see :meth:`Format.read`."""
+    return Labels(**FILES.read(path))
+
+
+# -- Their computation -------------------------------------------------------------------------------------------------
+
+
+@computing()
 def labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> Labels:
     """Compute the labels.
 
@@ -94,15 +125,10 @@ def labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSe
         NotComputedError: the ground state's iteration does not converge, or PySCF fails.
         UserError: PySCF is missing, or does not know the functional or the basis.
     """
-    check_functional(chemistry.functional)
-    check_bases(geometry, chemistry)
-    with computing():
-        return _labelled(geometry, chemistry, settings)
-
-
-def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> Labels:
     from scipy.linalg import eigh
 
+    check_functional(chemistry.functional)
+    check_bases(geometry, chemistry)
     began = time.monotonic()
     mol = made(geometry, chemistry.orbital_basis)
     guess = superposition(mol)
@@ -113,12 +139,12 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
     weight, external = basis.integrals().numpy(), attraction(mol, fitting)
     coulomb, overlap = fitting.intor("int2c2e"), fitting.intor("int1e_ovlp")
     core, kinetic, metric = field.get_hcore(), mol.intor("int1e_kin"), mol.intor("int1e_ovlp")
-    integrals = _Integrals(mol, fitting)
+    integrals = list(three_centre(mol, fitting))  # kept: they are needed for every density
 
     def fitted(density: Array) -> Array:
         held = np.array([[geometry.electrons], [float(np.vdot(core - kinetic, density))]])
         conditions = np.stack([weight, external], axis=1)
-        return constrained_fit(coulomb, integrals.potential(density)[:, None], conditions, held)[:, 0]
+        return constrained_fit(coulomb, potentials(integrals, [density]), conditions, held)[:, 0]
 
     reference = fitted(ground)
 
@@ -138,7 +164,8 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
     felt = (exponents > EXPONENTS[0]) & (exponents < EXPONENTS[1])
 
     def stepped(number: int, perturbation: Array) -> tuple[Array, float, float]:
-        fock = core + repulsions[number] + within.matrices[number] + integrals.matrix(perturbation)
+        fock = core + repulsions[number] + within.matrices[number]
+        fock = fock + coulomb_matrix(integrals, perturbation)
         energies, orbitals = eigh(fock, metric)
         orbitals = orbitals[:, :occupied]
         gap = energies[occupied] - energies[occupied - 1] if occupied < len(energies) else np.inf
@@ -159,8 +186,8 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
     outside = _exchange_correlation(field, fitting, densities)
     coefficients = np.stack([fitted(density) for density in densities])
     # the kinetic energy's slope is minus the potential in which the orbitals are the ground state (Euler's equation)
-    felt_there = [integrals.potential(one) + coulomb @ more for one, more in zip(begins, added, strict=True)]
-    slopes = outside.slopes - (external + np.stack(felt_there) + within.slopes)
+    felt_there = potentials(integrals, begins).T + np.stack(added) @ coulomb
+    slopes = outside.slopes - (external + felt_there + within.slopes)
     inverse = np.linalg.solve(overlap, weight)
     slopes = slopes - np.outer(slopes @ inverse / (weight @ inverse), weight)
     own = field.get_j(dm=np.stack(densities))
@@ -181,27 +208,6 @@ def _labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelS
     return Labels(geometry=geometry, chemistry=chemistry, settings=settings, seconds=time.monotonic() - began, **arrays)
 
 
-class _Integrals:
-    """A molecule's three-centre Coulomb integrals, kept in memory, with their two contractions."""
-
-    def __init__(self, mol: Any, fitting: Any):
-        self._size = mol.nao
-        self._rows, self._columns = np.tril_indices(mol.nao)
-        self._twice = np.where(self._rows == self._columns, 1.0, 2.0)
-        self._packed = np.concatenate([part.T for _, part in three_centre(mol, fitting, aosym="s2ij")])  # [n, pairs]
-
-    def potential(self, density: Array) -> Array:
-        """Every fitting function's Coulomb energy with a density of orbitals, ``[n]``."""
-        potential: Array = self._packed @ (density[self._rows, self._columns] * self._twice)
-        return potential
-
-    def matrix(self, coefficients: Array) -> Array:
-        """The Coulomb potential of a fitted density, between orbitals, ``[orbitals, orbitals]``."""
-        matrix = np.zeros((self._size, self._size))
-        matrix[self._rows, self._columns] = coefficients @ self._packed
-        return matrix + np.tril(matrix, -1).T
-
-
 @dataclass(frozen=True)
 class _Within:
     """Exchange and correlation of several densities: energies ``[k]``, matrices ``[k, orbitals, orbitals]`` and slopes
@@ -219,25 +225,12 @@ def _exchange_correlation(field: Any, fitting: Any, densities: Sequence[Array]) 
     energies = np.zeros(len(densities))
     matrices = np.zeros((len(densities), mol.nao, mol.nao))
     slopes = np.zeros((len(densities), fitting.nao))
-    for points, weights in _blocks(field.grids):
-        orbitals = mol.eval_gto("GTOval_sph_deriv1", points)  # [4, points, orbitals]
-        functions = fitting.eval_gto("GTOval_sph_deriv1", points)
-        if kind == "LDA":
-            orbitals, functions = orbitals[:1], functions[:1]
+    for part, orbitals in orbitals_on_grid(field):
+        functions = fitting.eval_gto("GTOval_sph_deriv1", field.grids.coords[part])
         for number, density in enumerate(densities):
             rho = numint.eval_rho(mol, orbitals if kind != "LDA" else orbitals[0], density, xctype=kind, hermi=1)
-            one, first = numint.eval_xc_eff(field.xc, rho, deriv=1, xctype=kind)[:2]
-            energies[number] += weights * np.atleast_2d(rho)[0] @ one
-            first = weights * np.atleast_2d(first)  # [1 or 4, points]
-            slopes[number] += np.einsum("xg,xgi->i", first, functions, optimize=True)
-            half = 0.5 * first[0][:, None] * orbitals[0] + np.einsum("xg,xgi->gi", first[1:], orbitals[1:])
-            half = orbitals[0].T @ half
-            matrices[number] += half + half.T
+            energy, first, matrix = exchange_correlation(field, part, orbitals, rho)
+            energies[number] += energy
+            slopes[number] += np.einsum("xg,xgi->i", first, functions[: len(first)], optimize=True)
+            matrices[number] += matrix
     return _Within(energies, matrices, slopes)
-
-
-def _blocks(grids: Any) -> Iterator[tuple[Array, Array]]:
-    """Points and weights."""
-    for start in range(0, len(grids.weights), POINTS_AT_ONCE):
-        part = slice(start, start + POINTS_AT_ONCE)
-        yield grids.coords[part], grids.weights[part]

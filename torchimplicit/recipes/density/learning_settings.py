@@ -75,16 +75,16 @@ class Learning:
 class Pretraining(Learning):
     """Train a density functional on densities, energies and slopes of Kohn-Sham calculations, without minimizing it."""
 
-    molecules: Molecules = field(
-        default_factory=lambda: Molecules(train_copies=12, validation_copies=2, test_copies=4, distort=0.08)
-    )
-
     kind: Kind = "potential"
     """What the network predicts. potential: an external potential, trained on ground states alone. functional: an
     energy of the density, trained on labels. density: the density directly, for comparison."""
 
     labels: int = 16
     """Labelled densities per training molecule, for --kind functional; see 'torchimplicit molecules --labels'."""
+
+    molecules: Molecules = field(
+        default_factory=lambda: Molecules(train_copies=12, validation_copies=2, test_copies=4, distort=0.08)
+    )
 
     stepping: Stepping = field(default_factory=Stepping)
 

@@ -17,7 +17,7 @@ from torchimplicit.models.orbital_free import Molecule, OrbitalFree
 from torchimplicit.models.orbital_free.on_grid import SHARED
 from torchimplicit.models.orbital_free.second import mixed
 from torchimplicit.recipes.density.case import Case
-from torchimplicit.recipes.density.penalties import Penalties, floor_residual
+from torchimplicit.recipes.density.penalties import floor_residual, penalty
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.density.weights import Weights
 from torchimplicit.recipes.runtime.optimize import Array
@@ -66,7 +66,7 @@ class Share:
     ):
         self.functional, self.cases, self.weights = functional, cases, weights
         self.config, self.total = config, total
-        self.penalties = Penalties(config)
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.work = Work()
         self.tell: Callable[[str], None] = lambda status: None
 
@@ -111,7 +111,8 @@ class Share:
                 parts.append(torch.as_tensor(self.weights.gradient())[None])
             if self.config.floor_weight:
                 self.functional.zero_grad()
-                lacking, along = floor_residual(self.config, case, self.functional, p, matrix)
+                lacking, at = floor_residual(self.config, case, self.functional, p, matrix)
+                (along,) = torch.autograd.grad(lacking, at, retain_graph=True)
                 lacking.backward()
                 parts.append(torch.as_tensor(self.weights.gradient())[None] + along @ moved)
             rows.append(self._filled(case, torch.cat(parts)))
@@ -131,7 +132,7 @@ class Share:
         if self.config.energy_weight:
             # at the minimum the energy's derivative through the density is nought (the envelope theorem)
             loss = loss + 0.5 * self._energy_error(case, solution.value.detach()).square()
-        loss = loss + self.penalties(number, case, self.functional, solution.value.detach())
+        loss = loss + penalty(self.config, case, self.functional, solution.value.detach(), self.generator)
         self._doing("gradient", case)
         (loss / self.total).backward()
         if solution.adjoint is not None:
@@ -220,14 +221,14 @@ class DensityFit(AbstractContextManager["DensityFit"]):
         self.functional, self.config = functional, config
         self.evaluations = self.jacobians = self.rejected = 0
         self.work = Work()
-        self._weights = _weights(functional, molecules, config)
+        self._weights = Weights(functional, molecules, constants=config.energy_weight > 0)
         count = min(config.processes, len(molecules))
         loads: list[list[int]] = [[] for _ in range(count)]
         cost = [molecule.size**2 * len(molecule.quadrature) for molecule in molecules]
         for place in sorted(range(len(molecules)), key=lambda k: -cost[k]):
             min(loads, key=lambda load: sum(cost[k] for k in load)).append(place)
         split = [[molecules[k] for k in sorted(load)] for load in loads]
-        self._share = made(functional, split[0], molecules, config)
+        self._share = Share(functional, _cases(split[0], config), self._weights, config, len(molecules))
         self._others = [_Worker(functional, share, molecules, config) for share in split[1:]]
 
     def __exit__(self, *exc: Any) -> None:
@@ -292,16 +293,8 @@ class DensityFit(AbstractContextManager["DensityFit"]):
         return answers
 
 
-def made(
-    functional: OrbitalFree, molecules: Sequence[Molecule], every: Sequence[Molecule], config: OrbitalFreeTraining
-) -> Share:
-    """The share of some of the molecules."""
-    cases = [Case.of(molecule, config.tail_weight) for molecule in molecules]
-    return Share(functional, cases, _weights(functional, every, config), config, len(every))
-
-
-def _weights(functional: OrbitalFree, molecules: Sequence[Molecule], config: OrbitalFreeTraining) -> Weights:
-    return Weights(functional, molecules, constants=config.energy_weight > 0)
+def _cases(molecules: Sequence[Molecule], config: OrbitalFreeTraining) -> list[Case]:
+    return [Case.of(molecule, config.tail_weight) for molecule in molecules]
 
 
 class _Worker:
@@ -352,7 +345,8 @@ def _serve(
     SHARED.limit, SHARED.single = config.memory * 1e9 / config.processes, config.single
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, config.threads))
-    share = made(functional, molecules, every, config)
+    weights = Weights(functional, every, constants=config.energy_weight > 0)
+    share = Share(functional, _cases(molecules, config), weights, config, len(every))
     with threads(config.threads):
         while True:
             try:

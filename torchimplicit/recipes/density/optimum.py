@@ -5,32 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from torchimplicit._solve import flat_system, solve
-from torchimplicit.coordinates import Metric
 from torchimplicit.diagnostics import curvature
-from torchimplicit.gradients import EquilibriumPropagation, Gradient, Implicit
-from torchimplicit.linear import MINRES, LinearOperator, ReferenceHessian
+from torchimplicit.gradients import EquilibriumPropagation, Gradient
+from torchimplicit.linear import LinearOperator, ReferenceHessian
 from torchimplicit.models.orbital_free import Molecule, OrbitalFree, OrbitalFreeConfig, fit_linear
 from torchimplicit.problems import Minimum
-from torchimplicit.recipes.density.case import quiet
-from torchimplicit.recipes.density.chemistry import Geometry, distorted, named
-from torchimplicit.recipes.density.integrals import need_pyscf
-from torchimplicit.recipes.density.prepare import prepared
-from torchimplicit.recipes.density.settings import (
+from torchimplicit.recipes.density.case import Case, quiet
+from torchimplicit.recipes.density.gradient_figures import (
     LEARNING_RATE,
     SPREAD,
     WEIZSAECKER,
-    ChemistrySettings,
     MoleculeGradientsConfig,
 )
-from torchimplicit.recipes.density.storage import file_name
-from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.files import cache_folder
+from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.solution import Report, Solution, Status
 from torchimplicit.solvers import LBFGS
 
@@ -77,7 +69,7 @@ class Optimum:
 
     def __init__(self, molecule: Molecule, functional: OrbitalFree, tolerance: float):
         self.molecule, self.functional, self.tolerance = molecule, functional, tolerance
-        self.metric = Metric(molecule.overlap)
+        self.metric = molecule.metric
         self.problem = functional.problem(molecule, self.metric)
         self.reference = ReferenceHessian().init()
         self.saddles = 0
@@ -109,7 +101,9 @@ class Optimum:
         return p + 0.05 * self.metric.inverse[0] @ soft
 
     def loss(self, p: Tensor) -> Tensor:
-        return _half_square(p, self.molecule)
+        """Half the squared distance to the Kohn-Sham density; a scalar."""
+        gap = p - self.molecule.reference
+        return 0.5 * gap @ (self.molecule.overlap @ gap)
 
     @cached_property
     def cotangent(self) -> Tensor:
@@ -151,48 +145,10 @@ class Optimum:
         return operator, operator.project(u[None])
 
 
-def _half_square(p: Tensor, molecule: Molecule) -> Tensor:
-    """Half the squared distance to the Kohn-Sham density."""
-    gap = p - molecule.reference
-    return 0.5 * gap @ (molecule.overlap @ gap)
-
-
 def flat(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Flatten gradients into one vector; a missing gradient counts as zero."""
     pairs = zip(grads, parameters, strict=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
-
-
-def check(config: MoleculeGradientsConfig) -> None:
-    """Refuse settings that cannot be run here.
-
-    Raises:
-        UserError: the molecule is not known; it is not computed yet and PySCF is missing.
-    """
-    geometry, settings, folder = _asked(config)
-    if not (folder / file_name(geometry, settings)).is_file():
-        need_pyscf()
-
-
-def load(config: MoleculeGradientsConfig) -> Molecule:
-    """The molecule in its geometry.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    geometry, settings, folder = _asked(config)
-    files = prepared([geometry], settings, folder)
-    if files.failures:
-        raise UserError(f"{geometry.name}: {files.failures[0].reason}")
-    return files.molecules[0]
-
-
-def _asked(config: MoleculeGradientsConfig) -> tuple[Geometry, ChemistrySettings, Path]:
-    """The molecule, how it is computed, and its folder."""
-    geometry = named(config.molecule)
-    if config.sigma > 0:
-        geometry = distorted(geometry, config.sigma, config.seed, 0)
-    return geometry, ChemistrySettings(grid=config.grid), config.data_dir or cache_folder("molecules")
 
 
 def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
@@ -202,8 +158,7 @@ def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
     where the loss has no gradient to compare.
     """
     functional = OrbitalFree(OrbitalFreeConfig(weizsaecker=WEIZSAECKER[config.state]))
-    metric = Metric(molecule.overlap)
-    fit_linear(functional, [molecule], [metric])
+    fit_linear(functional, [molecule], [molecule.metric])
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         layers = [m for m in functional.modules() if isinstance(m, torch.nn.Linear)]
@@ -215,20 +170,15 @@ def made(config: MoleculeGradientsConfig, molecule: Molecule) -> Optimum:
                 else:
                     tensor.uniform_(-bound, bound, generator=generator)
     if config.state == "trained":
-        _train(functional, molecule, metric, config.training_steps)
+        _train(functional, molecule, config.training_steps)
     return Optimum(molecule, functional, config.tolerance)
 
 
-def _train(functional: OrbitalFree, molecule: Molecule, metric: Metric, steps: int) -> None:
+def _train(functional: OrbitalFree, molecule: Molecule, steps: int) -> None:
     """Adam on the loss per electron, with the exact gradient, warm-started."""
-    problem, reference, p = functional.problem(molecule, metric), ReferenceHessian().init(), molecule.guess
-    solver = LBFGS(preconditioner=reference, rtol=0.0, atol=1e-7)
-    estimator = Implicit(linear_solver=MINRES(preconditioner=reference, rtol=1e-6))
+    case, settings = Case.of(molecule), OrbitalFreeTraining(inner_tolerance=1e-7)
     optimizer = torch.optim.Adam(functional.parameters(), lr=LEARNING_RATE)
     for _ in range(steps):
-        with quiet():
-            solution = solve(problem, p, solver=solver, gradient=estimator, throw=False)
-            optimizer.zero_grad()
-            (_half_square(solution.value, molecule) / molecule.electrons).backward()
+        optimizer.zero_grad()
+        case.loss(case.solved(functional, settings).value).backward()
         optimizer.step()
-        p = solution.value.detach()

@@ -91,7 +91,7 @@ class Density:
         coefficients: coefficients of the density, ``[n]``.
         energy: in hartree.
         parts: its terms by name.
-        dipole: x, y and z, in atomic units (2.5417 debye), about the origin.
+        dipole: x, y and z, in atomic units (2.5417 debye), about the centre of the nuclei's charge.
         forces: on the nuclei, ``[atoms, 3]``, in hartree per bohr; ``None`` where they were not asked for.
         status: status of the minimization.
         steps: steps of the minimization.
@@ -191,9 +191,11 @@ def density(trained: Trained, geometry: Geometry, *, grid: int | None = None, sl
 
 
 def _dipole(p: Tensor, molecule: Molecule) -> tuple[float, float, float]:
-    """Dipole moment of the nuclei and of the density on the grid."""
-    nuclei = molecule.charges.to(p) @ molecule.positions
-    x, y, z = (nuclei - (molecule.quadrature * molecule.density(p)) @ molecule.points).tolist()
+    """Dipole moment about the centre of the nuclei's charge, to which they then contribute nothing. That of an ion
+    depends on the place; that of a neutral molecule does not, but for what the grid gets wrong of its electrons."""
+    charges = molecule.charges.to(p)
+    centre = charges @ molecule.positions / charges.sum()
+    x, y, z = (-(molecule.quadrature * molecule.density(p)) @ (molecule.points - centre)).tolist()
     return x, y, z
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from torchimplicit.models.orbital_free.molecule import Molecule
-from torchimplicit.recipes.density import labels_file
+from torchimplicit.recipes.density import labels
 from torchimplicit.recipes.density.chemistry import Geometry
 from torchimplicit.recipes.density.compute import NotComputedError, compute
 from torchimplicit.recipes.density.integrals import check_functional
-from torchimplicit.recipes.density.labels import labelled
 from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
 from torchimplicit.recipes.density.storage import BrokenFileError, file_name, load, read, write
 from torchimplicit.recipes.runtime.errors import UserError
@@ -112,9 +111,9 @@ def prepare_labels(
 ) -> list[Outcome]:
     """The same for every molecule's labels; see :func:`prepare`."""
     work = Work(
-        partial(labels_file.file_name, chemistry=chemistry, settings=settings),
+        partial(labels.file_name, chemistry=chemistry, settings=settings),
         partial(_labels, chemistry=chemistry, settings=settings),
-        labels_file.read,
+        labels.read,
     )
     return carried_out(work, geometries, chemistry, folder, workers, watch)
 
@@ -219,9 +218,9 @@ def _molecule(geometry: Geometry, path: Path, settings: ChemistrySettings) -> fl
 
 
 def _labels(geometry: Geometry, path: Path, chemistry: ChemistrySettings, settings: LabelSettings) -> float:
-    labels = labelled(geometry, chemistry, settings)
-    labels_file.write(path, labels)
-    return labels.seconds
+    computed = labels.labelled(geometry, chemistry, settings)
+    labels.write(path, computed)
+    return computed.seconds
 
 
 def _begin() -> None:

@@ -12,15 +12,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from torchimplicit.models.orbital_free import CoefficientNetwork, Domain, Molecule, OrbitalFree, OrbitalFreeConfig
-from torchimplicit.recipes.density import labels_file, storage
+from torchimplicit.models.orbital_free import (
+    CoefficientNetwork,
+    Domain,
+    Molecule,
+    NetworkConfig,
+    OrbitalFree,
+    OrbitalFreeConfig,
+)
+from torchimplicit.recipes.density import labels, storage
 from torchimplicit.recipes.density.case import Case
-from torchimplicit.recipes.density.examples import Example, Missing, fit_start, network_of
+from torchimplicit.recipes.density.examples import Example, Missing, fit_start
 from torchimplicit.recipes.density.learning_settings import Kind, Pretraining
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.prepare import prepare_labels
 from torchimplicit.recipes.density.pretraining_loss import PretrainingLoss
-from torchimplicit.recipes.density.quality import Quality, measured, share_spurious
+from torchimplicit.recipes.density.quality import Quality, errors, measured, share_spurious
 from torchimplicit.recipes.density.report import Page, Part, table_of, tell
 from torchimplicit.recipes.density.settings import LabelSettings, OrbitalFreeTraining
 from torchimplicit.recipes.density.split import located
@@ -117,7 +124,12 @@ def started(
     molecules); and the training and validation examples."""
     records = {split: [storage.read(path) for path in files[split].values()] for split in ("train", "validation")}
     training = config.training()
-    network = network_of(records["train"], width=config.width, channels=config.channels, rounds=config.rounds)
+    network = NetworkConfig.of(
+        [record.molecule_without_grid() for record in records["train"]],
+        width=config.width,
+        channels=config.channels,
+        rounds=config.rounds,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         functional = OrbitalFree(
@@ -131,12 +143,12 @@ def started(
                 network_at="density" if config.kind == "functional" else "guess",
             )
         )
-    labels: dict[str, Any] = {}
+    labelled: dict[str, Any] = {}
     if config.kind == "functional":
         folder = config.molecules.data_dir or cache_folder("molecules")
         geometries = [record.geometry for record in records["train"]]
         outcomes = prepare_labels(geometries, config.molecules.chemistry, LabelSettings(count=config.labels), folder)
-        labels = {one.geometry.name: one.path for one in outcomes}
+        labelled = {one.geometry.name: one.path for one in outcomes}
         if lacking := [f"{one.geometry.name}: {one.reason}" for one in outcomes if one.path is None]:
             raise UserError("labels could not be computed: " + "; ".join(lacking))
     bare: dict[str, list[Missing]] = {"train": [], "validation": []}
@@ -146,8 +158,8 @@ def started(
         for split, ones in records.items():
             for record in ones:
                 status.update(f"Reading the molecules: {record.geometry.name}")
-                path = labels.get(record.geometry.name) if split == "train" else None
-                bare[split].append(Missing.of(without, with_pairs, record, labels_file.read(path) if path else None))
+                path = labelled.get(record.geometry.name) if split == "train" else None
+                bare[split].append(Missing.of(without, with_pairs, record, labels.read(path) if path else None))
     fit_start(functional, bare["train"])
     assert functional.network is not None
     examples = {split: [Example.of(functional, one) for one in ones] for split, ones in bare.items()}
@@ -217,22 +229,8 @@ def measured_directly(functional: OrbitalFree, files: Mapping[str, Path], config
     qualities = []
     for path in files.values():
         case = Case.of(storage.load(path))
-        p, molecule = predicted(functional, case), case.molecule
-        qualities.append(
-            Quality(
-                name=molecule.name,
-                size=molecule.size,
-                loss=float(case.loss(p)),
-                l1=float(case.l1(p)),
-                energy_error=math.nan,
-                guess_loss=float(case.loss(molecule.guess)),
-                guess_l1=float(case.l1(molecule.guess)),
-                negative=float(molecule.density(p).min()),
-                steps=0,
-                evaluations=0.0,
-                converged=True,
-            )
-        )
+        found = errors(case, predicted(functional, case))
+        qualities.append(Quality(**found, energy_error=math.nan, steps=0, evaluations=0.0, converged=True))
     return qualities
 
 

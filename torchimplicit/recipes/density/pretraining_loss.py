@@ -12,7 +12,7 @@ from torch import Tensor
 from torchimplicit.models.orbital_free import CoefficientNetwork
 from torchimplicit.recipes.density.examples import Example, slopes_of
 from torchimplicit.recipes.density.learning_settings import Pretraining
-from torchimplicit.recipes.density.stepping import draw, half_square
+from torchimplicit.recipes.runtime.task import generator
 
 FARTHEST = 6e-3
 """The largest L at which a quadratic model is trusted."""
@@ -41,9 +41,8 @@ class PretrainingLoss:
     def loss(self, numbers: list[int], step: int) -> float:
         """Loss of a batch of molecules; its gradient is left in the network."""
         chosen = [self.examples[number] for number in numbers]
-        generator = draw(self.config.seed, step)
         if self.config.kind == "functional":
-            total = self._of_functional(numbers, chosen, generator)
+            total = self._of_functional(numbers, chosen, generator(self.config.seed, step, 1))
         else:
             total = self._of_tangent(chosen)
         total = total / len(chosen)
@@ -147,3 +146,8 @@ class PretrainingLoss:
         walk = walk - 0.5 * (walk + missed)
         size = float(half_square(walk)) / example.electrons
         self.walks[number] = walk * min(1.0, (FARTHEST / max(size, 1e-12)) ** 0.5)
+
+
+def half_square(t: Tensor) -> Tensor:
+    """Half the squared norm of each row."""
+    return 0.5 * t.square().sum(dim=-1)

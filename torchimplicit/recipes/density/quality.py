@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,8 +130,7 @@ def quality(
     molecule = case.molecule
     with torch.no_grad():
         solution = case.solved(functional, config, cold=True)
-        p, guess = solution.value, molecule.guess
-    least = largest = math.nan
+    p, least, largest = solution.value, math.nan, math.nan
     if spectrum:
         values = torch.linalg.eigvalsh(case.curvature(functional, p))
         least, largest = float(values[0]), float(values[-1])
@@ -138,15 +138,9 @@ def quality(
         energy_error = float(functional(p, molecule) - molecule.energy)
         refitted = 0.0 if constants is None else float((functional.constants - constants)[molecule.charges].sum())
         return Quality(
-            name=molecule.name,
-            size=molecule.size,
-            loss=float(case.loss(p)),
-            l1=float(case.l1(p)),
+            **errors(case, p),
             energy_error=energy_error,
             trained_energy_error=energy_error - refitted,
-            guess_loss=float(case.loss(guess)),
-            guess_l1=float(case.l1(guess)),
-            negative=float(molecule.density(p).min()),
             steps=int(solution.steps),
             evaluations=solution.evaluations,
             converged=bool(solution.converged),
@@ -154,6 +148,20 @@ def quality(
             largest=largest,
             finer=None if file is None else finer(case, functional, config, p, file),
         )
+
+
+def errors(case: Case, p: Tensor) -> dict[str, Any]:
+    """The fields of a :class:`Quality` that a density (``[n]``) has without an energy."""
+    molecule = case.molecule
+    return {
+        "name": molecule.name,
+        "size": molecule.size,
+        "loss": float(case.loss(p)),
+        "l1": float(case.l1(p)),
+        "guess_loss": float(case.loss(molecule.guess)),
+        "guess_l1": float(case.l1(molecule.guess)),
+        "negative": float(molecule.density(p).min()),
+    }
 
 
 def finer(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, p: Tensor, file: Path) -> Finer:
@@ -205,25 +213,20 @@ def qualities(
 
 def summarized(qualities: Sequence[Quality]) -> Summary:
     """Summary of at least one molecule."""
+    means = ("loss", "l1", "energy_error", "guess_loss", "guess_l1", "trained_energy_error")
+
+    def on_finer_grid(name: str) -> float:
+        return fmean(math.nan if one.finer is None else abs(getattr(one.finer, name)) for one in qualities)
+
     return Summary(
-        loss=fmean(one.loss for one in qualities),
-        l1=fmean(one.l1 for one in qualities),
-        energy_error=fmean(abs(one.energy_error) for one in qualities),
-        guess_loss=fmean(one.guess_loss for one in qualities),
-        guess_l1=fmean(one.guess_l1 for one in qualities),
+        **{name: fmean(abs(getattr(one, name)) for one in qualities) for name in means},
+        **{f"finer_{name}": on_finer_grid(name) for name in ("loss", "l1", "energy_error")},
         better=fmean(one.better for one in qualities),
         steps=max(one.steps for one in qualities),
         mean_steps=fmean(one.steps for one in qualities),
         unconverged=fmean(not one.converged for one in qualities),
         least=min(one.least for one in qualities),
         largest=max(one.largest for one in qualities),
-        trained_energy_error=fmean(abs(one.trained_energy_error) for one in qualities),
-        **{
-            f"finer_{name}": fmean(
-                math.nan if one.finer is None else abs(getattr(one.finer, name)) for one in qualities
-            )
-            for name in ("loss", "l1", "energy_error")
-        },
     )
 
 

@@ -39,23 +39,24 @@ def table_of(parts: Iterable[Part]) -> Table:
     """A line for each part; columns in which nothing was measured are left out."""
     parts = [part for part in parts if part.found]
     means = [summarized(part.found) for part in parts]
-    refitted = any(abs(one.trained_energy_error - one.energy_error) > 0 for one in means)
+    refitted = [abs(one.trained_energy_error - one.energy_error) > 0 for one in means]
 
     def numbers(values: Iterable[float], digits: int, scale: float = 1.0) -> list[str]:
         return [NONE if math.isnan(value) else f"{scale * value:.{digits}f}" for value in values]
+
+    energies = [(Column("ΔE", "mHa"), numbers((one.energy_error for one in means), 1, 1e3))]
+    if any(refitted):  # a part whose constants are those of training has no others
+        own = [one.energy_error if its else math.nan for one, its in zip(means, refitted, strict=True)]
+        energies = [
+            (Column("ΔE, constants refitted", "mHa"), numbers(own, 1, 1e3)),
+            (Column("ΔE, as trained", "mHa"), numbers((one.trained_energy_error for one in means), 1, 1e3)),
+        ]
 
     columns = [
         (Column("Molecules"), [part.name for part in parts]),
         (Column("L", "10⁻³"), [f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})" for one in means]),
         (Column("L1 per electron"), [f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})" for one in means]),
-        (
-            Column("ΔE, constants refitted" if refitted else "ΔE", "mHa"),
-            numbers((one.energy_error for one in means), 1, 1e3),
-        ),
-        (
-            Column("ΔE, as trained", "mHa"),
-            numbers((one.trained_energy_error if refitted else math.nan for one in means), 1, 1e3),
-        ),
+        *energies,
         (
             Column("ΔE at the reference", "mHa"),
             numbers((fmean(map(abs, part.reference or [math.nan])) for part in parts), 1, 1e3),

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from torchimplicit.models.orbital_free import (
-    Molecule,
-)
-from torchimplicit.recipes.density import chemistry as sources
+from torchimplicit.models.orbital_free import Molecule
 from torchimplicit.recipes.density import storage
-from torchimplicit.recipes.density.chemistry import Geometry, check_size, distorted, symbol
+from torchimplicit.recipes.density.chemistry import Geometry, distorted, gathered, symbol
 from torchimplicit.recipes.density.prepare import Outcome, prepare
 from torchimplicit.recipes.density.settings import Molecules
 from torchimplicit.recipes.runtime.errors import UserError
@@ -49,15 +46,8 @@ class Split:
 
 def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]:
     """The geometries of every split, and a line for each refused one."""
-    originals: list[Geometry] = []
-    refused: list[str] = []
-    for source in config.sources:
-        read = sources.read(source)
-        refused += [f"{one.name}: {one.reason}" for one in read if not isinstance(one, Geometry)]
-        taken = [one for one in read if isinstance(one, Geometry)]
-        originals += sorted(taken, key=lambda one: len(one.charges))[: config.limit] if len(taken) > 1 else taken
-    for geometry in originals:
-        check_size(geometry)
+    originals, lost = gathered(config.sources, limit=config.limit, smallest=True)
+    refused = [f"{one.name}: {one.reason}" for one in lost]
     if 2 * config.held_out >= len(originals):
         raise UserError(
             f"--held-out {config.held_out} takes {2 * config.held_out} molecules away, and there are {len(originals)}"

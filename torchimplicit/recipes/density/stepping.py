@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 from torchimplicit.recipes.density.learning_settings import Stepping
+from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import DivergedError, UserError
 from torchimplicit.recipes.runtime.fitting import read_checkpoint
 from torchimplicit.recipes.runtime.run import NOTED_EVERY, Run
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
-from torchimplicit.recipes.runtime.task import generator, permutation
+from torchimplicit.recipes.runtime.task import permutation
 
 RISE = 0.05
 """Share of the budget over which the learning rate rises to its peak."""
@@ -126,12 +127,17 @@ class Stepper:
         bar = Progress(console=console, disable=not console.is_terminal)
         task = bar.add_task("Training", total=100)
         losses: list[float] = []
-        to_note, to_save = _Every(NOTED_EVERY), _Every(NOTED_EVERY)
+        noted = saved = time.perf_counter()
+
+        def due(last: float) -> bool:
+            return time.perf_counter() - last > NOTED_EVERY or self.spent >= 1
 
         def show(doing: str = "") -> None:
+            nonlocal noted
             status = f"{self._status()}: {doing}" if doing else self._status()
             bar.update(task, completed=min(100, round(100 * self.spent)), description=status)
-            if to_note.due() or self.spent >= 1:
+            if due(noted):
+                noted = time.perf_counter()
                 done = {"done": self.course.step, "total": self.settings.steps}
                 run.write_json("progress.json", {**done, "status": status})
 
@@ -149,8 +155,9 @@ class Stepper:
                     if self.course.step % self.settings.measure_every == 0 or self.spent >= 1:
                         self._glance(run, sum(losses) / len(losses))
                         losses = []
-                    if to_save.due() or self.spent >= 1:
+                    if due(saved):
                         self._save(run)
+                        saved = time.perf_counter()
                     show()
             except KeyboardInterrupt:
                 return False
@@ -161,7 +168,7 @@ class Stepper:
             rise = min(1.0, 0.1 + 0.9 * self.spent / RISE)
             group["lr"] = self.settings.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent)))
         self.optimizer.zero_grad()
-        loss = self.loss(next(batches(self.count, self.settings.batch, self.seed, self.course.step)), self.course.step)
+        loss = self.loss(batch(self.count, self.settings.batch, self.seed, self.course.step), self.course.step)
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {self.course.step + 1}")
         nn.utils.clip_grad_norm_(self._trained, self.settings.clip)
@@ -175,7 +182,7 @@ class Stepper:
         known = [value for value in first if not math.isnan(value)]
         if not known or first[-1] <= min(known):
             course.best = course.step
-            _write(run, self.model)
+            files.save({"weights": self.model.state_dict()}, run.best)
 
     def _status(self) -> str:
         glance = self.course.glances[-1]
@@ -204,41 +211,9 @@ def trained_before(run: Run) -> Course:
     return from_plain(Course, read_checkpoint(run.checkpoint)["course"])
 
 
-class _Every:
-    """Whether so many seconds have passed since they last had."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.last = seconds, time.perf_counter()
-
-    def due(self) -> bool:
-        """They have; from now on they are counted anew."""
-        passed = time.perf_counter() - self.last > self.seconds
-        self.last = time.perf_counter() if passed else self.last
-        return passed
-
-
-def batches(count: int, size: int, seed: int, first: int) -> Iterator[list[int]]:
-    """Batches of molecule numbers from a step on; every pass over the molecules is a permutation."""
+def batch(count: int, size: int, seed: int, step: int) -> list[int]:
+    """The numbers of a step's molecules; every pass over the molecules is a permutation, and those that do not fill a
+    batch wait for the next."""
     size = min(size, count)
-    each = count // size
-    step = first
-    while True:
-        turn, place = divmod(step, each)
-        yield permutation(count, seed, turn)[place * size : (place + 1) * size]
-        step += 1
-
-
-def draw(seed: int, step: int) -> torch.Generator:
-    """The generator for everything drawn in a step."""
-    return generator(seed, step, 1)
-
-
-def half_square(t: Tensor) -> Tensor:
-    """Half the squared norm of each row."""
-    return 0.5 * t.square().sum(dim=-1)
-
-
-def _write(run: Run, model: nn.Module) -> None:
-    from torchimplicit.recipes.runtime import files
-
-    files.save({"weights": model.state_dict()}, run.best)
+    turn, place = divmod(step, count // size)
+    return permutation(count, seed, turn)[place * size : (place + 1) * size]

@@ -1,4 +1,4 @@
-"""A file of a computed molecule: numpy's .npz without pickles, with a checksum of its content."""
+"""Files of computed dataclasses, such as a molecule's: numpy's .npz without pickles, with a checksum of the content."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, final, get_type_hints
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from torchimplicit.models.orbital_free.basis import DensityBasis
 from torchimplicit.models.orbital_free.molecule import Molecule
@@ -21,41 +22,17 @@ from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import DamagedFileError, UserError
 from torchimplicit.recipes.runtime.files import replacing
-from torchimplicit.recipes.runtime.settings import to_plain
+from torchimplicit.recipes.runtime.settings import from_plain, to_plain
 
 T = TypeVar("T")
-
-FORMAT = "torchimplicit molecule"
-VERSION = 2
-"""Version of the file's layout and of the meaning of its numbers."""
 
 LARGEST_GROWTH = 200
 """Largest ratio of unpacked to packed size: floating-point numbers hardly compress, apart from a symmetric molecule's
 zeros."""
 
-_BASIS = ("atom", "angular", "exponent")
-_ARRAYS = ("overlap", "coulomb", "external", "reference", "guess", "points", "quadrature")
-_FIGURES = ("energy", "repulsion", "kinetic", "exchange_correlation", "attraction", "hartree", "software", "seconds")
-
 
 class BrokenFileError(DamagedFileError):
     """A file that cannot be used: it is damaged, of another version, or no molecule at all."""
-
-
-def key(geometry: Geometry, settings: ChemistrySettings, **more: Any) -> str:
-    """Key of a calculation, 12 hexadecimal digits: the same for the same nuclei, charge, settings and format.
-
-    Args:
-        more: what else it depends on.
-    """
-    nuclei = {"charges": geometry.charges, "positions": geometry.positions, "charge": geometry.charge}
-    asked = to_plain({"version": VERSION, "geometry": nuclei, "settings": settings, **more})
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def file_name(geometry: Geometry, settings: ChemistrySettings) -> str:
-    """File name of the calculation."""
-    return f"{readable(geometry.name)}-{key(geometry, settings)}.npz"
 
 
 def readable(name: str) -> str:
@@ -63,64 +40,64 @@ def readable(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
-def write(path: Path, record: Record) -> None:
-    """Write the file atomically: concurrent readers see the old or the new file, never a part.
+# -- The format --------------------------------------------------------------------------------------------------------
 
-    Raises:
-        OSError: it cannot be written.
+
+@final
+@dataclass(frozen=True)
+class Format(Generic[T]):
+    """Files of one kind of dataclass: each tensor is an array, everything else a description in JSON.
+
+    Attributes:
+        name: what a file is of, for its description and for errors.
+        version: version of the file's layout and of the meaning of its numbers.
+        kind: the dataclass.
     """
-    tensors = record.tensors() | {name: getattr(record.basis, name) for name in _BASIS}
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    about = {
-        "format": FORMAT,
-        "version": VERSION,
-        "geometry": to_plain(record.geometry),
-        "settings": to_plain(record.settings),
-        **{name: getattr(record, name) for name in _FIGURES},
-    }
-    write_arrays(path, about, arrays)
 
+    name: str
+    version: int
+    kind: type[T]
 
-def read(path: Path) -> Record:
-    """Read a file.
+    def write(self, path: Path, value: Any, **more: Tensor) -> None:
+        """Write a file atomically: concurrent readers see the old or the new file, never a part.
 
-    Raises:
-        BrokenFileError: it is damaged, of another version, or was not written by :func:`write`.
-        UserError: there is no such file, or it may not be read.
-    """
-    return read_arrays(path, FORMAT, VERSION, _record)
+        Args:
+            path: path of the file.
+            value: the dataclass.
+            more: further arrays.
 
+        Raises:
+            OSError: it cannot be written.
+        """
+        every = {one.name: getattr(value, one.name) for one in fields(value)}
+        arrays: dict[str, Any] = {k: one.numpy() for k, one in (every | more).items() if isinstance(one, Tensor)}
+        plain = {name: to_plain(one) for name, one in every.items() if not isinstance(one, Tensor | DensityBasis)}
+        about = {"format": f"torchimplicit {self.name}", "version": self.version, **plain}
+        text = np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8)
+        digest = np.frombuffer(bytes.fromhex(_digest(text, arrays)), dtype=np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, about=text, sha256=digest, **arrays)
 
-def write_arrays(path: Path, about: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """Write a file of arrays with a description, which has its ``format`` and ``version``.
+    def read(self, path: Path) -> dict[str, Any]:
+        """The fields in a file, by name, and the further arrays.
 
-    Raises:
-        OSError: it cannot be written.
-    """
-    text = np.frombuffer(json.dumps(about, sort_keys=True).encode(), dtype=np.uint8)
-    digest = np.frombuffer(bytes.fromhex(_digest(text, arrays)), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, about=text, sha256=digest, **arrays)
+        Raises:
+            BrokenFileError: it is damaged, of another version, or was not written by :meth:`write`.
+            UserError: there is no such file, or it may not be read.
+        """
+        if not path.is_file():
+            raise UserError(f"{path} is no file: a {self.name}'s data file is made by torchimplicit molecules")
+        try:
+            return self._read(path)
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+        except Exception as error:  # a damaged archive, or what is damaged in it, raises nearly everything
+            raise BrokenFileError(_damaged(path, " ".join(str(error).split()) or type(error).__name__)) from None
 
-
-def read_arrays(
-    path: Path, form: str, version: int, build: Callable[[dict[str, Any], dict[str, NDArray[Any]]], T]
-) -> T:
-    """Read a file of :func:`write_arrays`.
-
-    Args:
-        path: path of the file.
-        form, version: that it must have.
-        build: makes the result from the description and the arrays.
-
-    Raises:
-        BrokenFileError, UserError: see :func:`read`.
-    """
-    what = form.removeprefix("torchimplicit ")
-    if not path.is_file():
-        raise UserError(f"{path} is no file: a {what}'s data file is made by torchimplicit molecules")
-    try:
+    def _read(self, path: Path) -> dict[str, Any]:
         # opened here: numpy alone would take any bytes for a pickle, and say so
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
@@ -128,66 +105,28 @@ def read_arrays(
         if size > LARGEST_GROWTH * (path.stat().st_size + 1024):
             raise BrokenFileError(_damaged(path, f"it would grow to {size} bytes"))
         if not {"about.npy", "sha256.npy"} <= names:
-            raise BrokenFileError(
-                f"{path} is no {what}'s data file (it holds {', '.join(sorted(names)[:4]) or 'nothing'})"
-            )
+            holds = ", ".join(sorted(names)[:4]) or "nothing"
+            raise BrokenFileError(f"{path} is no {self.name}'s data file (it holds {holds})")
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
         text, digest = arrays.pop("about"), arrays.pop("sha256")
         about = json.loads(text.tobytes().decode())
-        if about.get("format") != form:
-            raise BrokenFileError(f"{path} is no {what}'s data file, but '{about.get('format')}'")
-        if about["version"] != version:
+        if about.get("format") != f"torchimplicit {self.name}":
+            raise BrokenFileError(f"{path} is no {self.name}'s data file, but '{about.get('format')}'")
+        if about["version"] != self.version:
             raise BrokenFileError(
-                f"{path} has version {about['version']} of the format, and this program reads version {version}; "
+                f"{path} has version {about['version']} of the format, and this program reads version {self.version}; "
                 "compute it again: torchimplicit molecules"
             )
         if digest.tobytes().hex() != _digest(text, arrays):
             raise BrokenFileError(_damaged(path, "its content does not have the checksum inside"))
-        return build(about, arrays)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged archive, or what is damaged in it, raises nearly everything
-        raise BrokenFileError(_damaged(path, " ".join(str(error).split()) or type(error).__name__)) from None
-
-
-def load(path: Path) -> Molecule:
-    """The molecule in a file, float64.
-
-    Raises:
-        UserError: see :func:`read`.
-    """
-    return read(path).molecule()
+        hints = get_type_hints(self.kind)
+        plain = {name: from_plain(hints[name], one) for name, one in about.items() if name in hints}
+        return plain | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _damaged(path: Path, why: str) -> str:
     return f"{path} is damaged ({why}): delete it and compute it again with torchimplicit molecules"
-
-
-def geometry_of(about: dict[str, Any]) -> Geometry:
-    """The geometry in a file's description."""
-    return Geometry(
-        name=about["geometry"]["name"],
-        charges=tuple(about["geometry"]["charges"]),
-        positions=tuple((x, y, z) for x, y, z in about["geometry"]["positions"]),
-        charge=about["geometry"]["charge"],
-    )
-
-
-def _record(about: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Record:
-    geometry = geometry_of(about)
-    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Record(
-        geometry=geometry,
-        settings=ChemistrySettings(**about["settings"]),
-        basis=DensityBasis(
-            centres=torch.tensor(geometry.positions, dtype=torch.float64), **{name: tensors[name] for name in _BASIS}
-        ),
-        **{name: tensors[name] for name in _ARRAYS},
-        **{name: about[name] for name in _FIGURES},
-    )
 
 
 def _digest(text: NDArray[np.uint8], arrays: dict[str, NDArray[Any]]) -> str:
@@ -198,3 +137,48 @@ def _digest(text: NDArray[np.uint8], arrays: dict[str, NDArray[Any]]) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+# -- Files of molecules ------------------------------------------------------------------------------------------------
+
+
+MOLECULES = Format("molecule", 2, Record)
+
+_BASIS = ("atom", "angular", "exponent")
+
+
+def key(geometry: Geometry, settings: ChemistrySettings, **more: Any) -> str:
+    """Key of a calculation, 12 hexadecimal digits: the same for the same nuclei, charge, settings and format.
+
+    Args:
+        more: what else it depends on.
+    """
+    nuclei = {"charges": geometry.charges, "positions": geometry.positions, "charge": geometry.charge}
+    asked = to_plain({"version": MOLECULES.version, "geometry": nuclei, "settings": settings, **more})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def file_name(geometry: Geometry, settings: ChemistrySettings) -> str:
+    """File name of the calculation."""
+    return f"{readable(geometry.name)}-{key(geometry, settings)}.npz"
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a molecule's file; see :meth:`Format.write`."""
+    MOLECULES.write(path, record, **{name: getattr(record.basis, name) for name in _BASIS})
+
+
+def read(path: Path) -> Record:
+    """Read a molecule's file; see :meth:`Format.read`."""
+    held = MOLECULES.read(path)
+    centres = torch.tensor(held["geometry"].positions, dtype=torch.float64)
+    try:
+        basis = DensityBasis(centres=centres, **{name: held.pop(name) for name in _BASIS})
+        return Record(basis=basis, **held)
+    except (KeyError, TypeError) as error:
+        raise BrokenFileError(_damaged(path, f"{error}")) from None
+
+
+def load(path: Path) -> Molecule:
+    """The molecule in a file, float64; see :meth:`Format.read`."""
+    return read(path).molecule()

@@ -31,7 +31,7 @@ class Weights:
                     scalar = molecule.angular == 0
                     mask[molecule.charges[molecule.atom][scalar], molecule.shell[scalar]] = True
             elif name == "pairs":
-                mask = torch.zeros_like(p, dtype=torch.bool)
+                mask.zero_()
                 for molecule in molecules:
                     mask.view(-1)[entries(molecule, functional.config.pairs)[1]] = True
             elif name == "constants":
@@ -50,9 +50,10 @@ class Weights:
 
     def put(self, vector: Array) -> None:
         """Set the functional's weights."""
+        parts = torch.as_tensor(vector).split([int(mask.sum()) for mask in self._masks.values()])
         with torch.no_grad():
-            for p, part in zip(self.functional.parameters(), self._split(torch.as_tensor(vector)), strict=True):
-                p.copy_(part)
+            for p, mask, part in zip(self.functional.parameters(), self._masks.values(), parts, strict=True):
+                p[mask] = part
 
     def gradient(self) -> Array:
         """The accumulated gradient, which is then cleared."""
@@ -70,11 +71,3 @@ class Weights:
     def columns(self, by_name: dict[str, Tensor]) -> Tensor:
         """Derivatives ``[n, *parameter.shape]``, by the parameters' names, as ``[n, size]``."""
         return torch.cat([by_name[name][:, self._masks[name]] for name in self.names], dim=1)
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        parts = vector.split([int(mask.sum()) for mask in self._masks.values()])
-        named = dict(self.functional.named_parameters())
-        return [
-            torch.masked_scatter(named[name].detach(), mask, part) if len(part) else named[name].detach()
-            for (name, mask), part in zip(self._masks.items(), parts, strict=True)
-        ]
