@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from torchimplicit.recipes.density.settings import EstimatorName, Molecules, OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import ByMinima, Common, Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime.settings import not_negative, own_first, positive
 
 Kind = Literal["potential", "functional", "density"]
@@ -46,33 +46,9 @@ class Stepping:
         not_negative(self, "decay")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Learning:
-    """What pre-training and fine-tuning have in common."""
-
-    check_grid: int = 3
-    """Level of PySCF's grid on which all densities are minimized again at the end, as a check. No check if it is not
-    finer than the training grid."""
-
-    page: bool = True
-    """Write figures and an HTML page at the end."""
-
-    seed: int = 0
-    """Random seed of everything drawn: the initial weights of a pre-training, and the molecules of each step."""
-
-    memory: float = 1.0
-    """Gigabytes for the values of basis functions on the grids; see 'torchimplicit train ofdft-small --help'."""
-
-    threads: int = 1
-    """CPU threads; 0 leaves the number to PyTorch."""
-
-    def __post_init__(self) -> None:
-        not_negative(self, "seed", "threads")
-
-
 @own_first
 @dataclass(frozen=True, kw_only=True)
-class Pretraining(Learning):
+class Pretraining(Common):
     """Train a density functional on densities, energies and slopes of Kohn-Sham calculations, without minimizing it."""
 
     kind: Kind = "potential"
@@ -149,7 +125,7 @@ class Pretraining(Learning):
 
 @own_first
 @dataclass(frozen=True, kw_only=True)
-class Finetuning(Learning):
+class Finetuning(ByMinima):
     """Fine-tune a pre-trained density functional on the densities at its minima."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")] = Path()
@@ -158,56 +134,15 @@ class Finetuning(Learning):
     only: tuple[str, ...] = ()
     """Names of the training molecules to train on. Default: all of them."""
 
-    gradient: EstimatorName = "implicit"
-    """Gradient estimator for the minimum."""
-
-    nudge: float | None = None
-    """Nudge of equilibrium propagation. Default: chosen from the Hessian's least eigenvalue."""
-
     stepping: Stepping = field(
         default_factory=lambda: Stepping(steps=100, learning_rate=3e-4, measure_every=25, clip=1.0)
     )
-
-    tail_weight: float = 0.0
-    """Weight of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss, relative to ∫(ρ−ρ_gs)²/(2N)."""
-
-    energy_weight: float = 0.0
-    """Weight of half the squared error of the energy per electron, in hartree."""
-
-    inner: Literal["l-bfgs", "descent"] = "l-bfgs"
-    """Minimizer that finds a density: L-BFGS with a kept Hessian, or gradient descent with momentum."""
-
-    inner_tolerance: float = 1e-6
-    """Tolerance on the norm of the projected gradient, in hartree, in coordinates whose length is that of densities."""
-
-    inner_steps: int = 100
-    """Largest number of steps of a minimization."""
-
-    inner_rate: float = 3e-3
-    """Step size of --inner descent."""
-
-    cold: bool = False
-    """Start every minimization from the superposition of atoms with a fresh Hessian, instead of the last density."""
-
-    correction: int = 0
-    """Number of iterates before the minimum that also enter the loss, each treated as a minimum (fixed-point
-    correction); 0 for none."""
-
-    correction_random: bool = False
-    """Draw the iterates of --correction at random instead of evenly spaced."""
-
-    floor_weight: float = 0.0
-    """Weight of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
-
-    floor: float = 0.5
-    """Eigenvalue below which --floor-weight penalizes, in hartree."""
 
     spectrum: bool = True
     """Measure the extreme eigenvalues of the Hessians before and after training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative(self, "tail_weight", "energy_weight")
         self.training(Molecules())
 
     def training(self, molecules: Molecules) -> OrbitalFreeTraining:

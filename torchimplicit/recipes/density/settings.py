@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.settings import OptimizerName, fraction, not_negative, option, positive
+from torchimplicit.recipes.runtime.settings import OptimizerName, fraction, not_negative, option, own_first, positive
 
 # -- How a molecule is computed ----------------------------------------------------------------------------------------
 
@@ -156,7 +156,88 @@ class Molecules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrbitalFreeTraining:
+class Common:
+    """What all trainings of density functionals have in common."""
+
+    check_grid: int = 3
+    """Level of PySCF's grid on which all densities are minimized again at the end; a density counts as good only if it
+    is good there too. No check if it is not finer than --grid, or without PySCF."""
+
+    page: bool = True
+    """Write figures and an HTML page at the end."""
+
+    seed: int = 0
+    """Random seed of the initial weights and of everything drawn in training."""
+
+    memory: float = 1.0
+    """Memory for values of basis functions on the grids, in gigabytes, for all processes together. Values that do not
+    fit are recomputed whenever needed, which takes about ten times as long. Matrices and other data come on top."""
+
+    threads: int = 1
+    """CPU threads per process; 0 leaves the number to PyTorch."""
+
+    def __post_init__(self) -> None:
+        not_negative(self, "seed", "memory", "threads")
+        grid_levels(self, "check_grid")
+
+
+@own_first
+@dataclass(frozen=True, kw_only=True)
+class ByMinima(Common):
+    """Training by the densities at a functional's minima: the loss, its gradient, and the minimizer."""
+
+    gradient: EstimatorName = "implicit"
+    """Gradient estimator for the minimum. Gauss–Newton always uses exact Jacobians."""
+
+    nudge: float | None = None
+    """Nudge of equilibrium propagation. Default: chosen from the Hessian's least eigenvalue."""
+
+    tail_weight: float = 0.0
+    """Weight of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss, relative to ∫(ρ−ρ_gs)²/(2N). It emphasizes regions of low
+    density and bounds ∫|ρ−ρ_gs|/N."""
+
+    energy_weight: float = 0.0
+    """Weight of half the squared error of the energy per electron, in hartree. Its gradient follows from the envelope
+    theorem."""
+
+    inner: Literal["l-bfgs", "descent"] = "l-bfgs"
+    """Minimizer that finds a density: L-BFGS with a kept Hessian, or gradient descent with momentum."""
+
+    inner_tolerance: float = 1e-6
+    """Tolerance on the norm of the projected gradient, in hartree, in coordinates whose length is that of densities."""
+
+    inner_steps: int = 100
+    """Largest number of steps of a minimization."""
+
+    inner_rate: float = 3e-3
+    """Step size of --inner descent."""
+
+    cold: bool = False
+    """Start every minimization from the superposition of atoms with a fresh Hessian, instead of the last density. The
+    result is then a function of the weights alone, even with several minima."""
+
+    correction: int = 0
+    """Number of iterates before the minimum that also enter the loss, each treated as a minimum (fixed-point
+    correction); 0 for none."""
+
+    correction_random: bool = False
+    """Draw the iterates of --correction at random instead of evenly spaced."""
+
+    floor_weight: float = 0.0
+    """Weight of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
+
+    floor: float = 0.5
+    """Eigenvalue below which --floor-weight penalizes, in hartree."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "nudge", "inner_tolerance", "inner_steps", "inner_rate", "floor")
+        not_negative(self, "tail_weight", "energy_weight", "correction", "floor_weight")
+
+
+@own_first
+@dataclass(frozen=True, kw_only=True)
+class OrbitalFreeTraining(ByMinima):
     """Train a density functional so that its minima, at a fixed number of electrons, are Kohn-Sham densities."""
 
     molecules: Molecules = field(default_factory=Molecules)
@@ -172,10 +253,6 @@ class OrbitalFreeTraining:
 
     pairs: bool = True
     """Let the linear term depend on the positions of an atom's neighbours."""
-
-    tail_weight: float = 0.1
-    """Weight of ∫(ρ−ρ_gs)²/(ρ_gs+10⁻³)/(2N) in the loss, relative to ∫(ρ−ρ_gs)²/(2N). It emphasizes regions of low
-    density and bounds ∫|ρ−ρ_gs|/N."""
 
     optimizer: OptimizerName = "least-squares"
     """Outer optimizer: trust-region Gauss–Newton with exact Jacobians, L-BFGS (both from SciPy), or Adam with cosine
@@ -193,50 +270,11 @@ class OrbitalFreeTraining:
     decay: float = 1e-6
     """Weight of half the sum of the network's squared weights in the loss."""
 
-    energy_weight: float = 0.0
-    """Weight of half the squared error of the energy per electron, in hartree. Its gradient follows from the envelope
-    theorem."""
-
-    gradient: EstimatorName = "implicit"
-    """Gradient estimator for the minimum. The least-squares optimizer always uses exact Jacobians."""
-
-    nudge: float | None = None
-    """Nudge of equilibrium propagation. Default: chosen from the Hessian's least eigenvalue."""
-
-    inner: Literal["l-bfgs", "descent"] = "l-bfgs"
-    """Minimizer that finds a density: L-BFGS with a kept Hessian, or gradient descent with momentum."""
-
-    inner_tolerance: float = 1e-8
-    """Tolerance on the norm of the projected gradient, in hartree, in coordinates whose length is that of densities."""
-
-    inner_steps: int = 300
-    """Largest number of steps of a minimization."""
-
-    inner_rate: float = 3e-3
-    """Step size of --inner descent."""
-
-    cold: bool = False
-    """Start every minimization from the superposition of atoms with a fresh Hessian, instead of the last density. The
-    result is then a function of the weights alone, even with several minima."""
-
-    correction: int = 0
-    """Number of iterates before the minimum that also enter the loss, each treated as a minimum (fixed-point
-    correction); 0 for none."""
-
     correction_gamma: float = 0.8
     """Factor by which each iterate of --correction weighs less than the next."""
 
-    correction_random: bool = False
-    """Draw the iterates of --correction at random instead of evenly spaced."""
-
     hessian_weight: float = 0.0
     """Weight of the penalty ‖vᵀH‖²/n on the Hessian at the density, with v random."""
-
-    floor_weight: float = 0.0
-    """Weight of the penalty max(0, 1 − λ/floor)² on the Hessian's least eigenvalue λ."""
-
-    floor: float = 0.5
-    """Eigenvalue below which --floor-weight penalizes, in hartree."""
 
     measure_every: int = 5
     """Outer iterations between two evaluations of all densities."""
@@ -244,46 +282,21 @@ class OrbitalFreeTraining:
     spectrum: bool = False
     """Also measure the Hessians' extreme eigenvalues. Slow for large molecules."""
 
-    check_grid: int = 3
-    """Level of PySCF's grid on which all densities are minimized again at the end; a density counts as good only if it
-    is good there too. No check if it is not finer than --grid."""
-
-    page: bool = True
-    """Write figures and an HTML page at the end."""
-
-    seed: int = 0
-    """Random seed of the initial weights and of everything drawn in training."""
-
     processes: int = 1
     """Number of processes among which the molecules are divided."""
 
-    memory: float = 1.0
-    """Memory for values of basis functions on the grids, in gigabytes, for all processes together. Values that do not
-    fit are recomputed whenever needed, which takes about ten times as long. Matrices and other data come on top."""
-
     single: bool = False
-    """Keep these values in single precision, which halves their memory. Energies change by less than 1e-6 hartree."""
+    """Keep values of basis functions in single precision, which halves their memory. Energies change by less than 1e-6
+    hartree."""
 
-    threads: int = 1
-    """CPU threads per process; 0 leaves the number to PyTorch."""
+    tail_weight: float = 0.1
+    inner_tolerance: float = 1e-8
+    inner_steps: int = 300
 
     def __post_init__(self) -> None:
-        positive(self, "iterations", "seconds", "learning_rate", "inner_tolerance", "inner_steps", "inner_rate")
-        positive(self, "measure_every", "floor", "nudge", "processes")
-        not_negative(
-            self,
-            "memory",
-            "weizsaecker",
-            "penalty",
-            "hidden",
-            "decay",
-            "energy_weight",
-            "correction",
-            "seed",
-            "threads",
-        )
-        grid_levels(self, "check_grid")
-        not_negative(self, "hessian_weight", "floor_weight")
+        super().__post_init__()
+        positive(self, "iterations", "seconds", "learning_rate", "measure_every", "processes")
+        not_negative(self, "weizsaecker", "penalty", "hidden", "decay", "hessian_weight")
         fraction(self, "correction_gamma")
         if self.optimizer == "least-squares":
             if self.gradient != "implicit":

@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -74,11 +75,14 @@ def known_rows(wanted: Sequence[str], known: Sequence[str]) -> None:
 
 
 def own_first(kind: type[T]) -> type[T]:
-    """Let a dataclass of keyword-only fields name its own before those it inherits, as ``--help`` shows them."""
-    inherited = {one.name for base in kind.__mro__[1:] if is_dataclass(base) for one in fields(base)}
-    every = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    ordered = sorted(every, key=lambda name: name in inherited)  # stable
-    kind.__dataclass_fields__ = {name: every[name] for name in ordered}  # type: ignore[attr-defined]
+    """Let a dataclass of keyword-only fields name its own before those it inherits, those of the nearest base first, as
+    ``--help`` shows them."""
+    every: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+
+    def declared(name: str) -> int:
+        return max(k for k, one in enumerate(kind.__mro__) if name in get_annotations(one))
+
+    kind.__dataclass_fields__ = {name: every[name] for name in sorted(every, key=declared)}  # type: ignore[attr-defined]
     return kind
 
 
