@@ -144,7 +144,8 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path, capsys):
     runs = run_all([bad, good], folder, Plan(seeds=1), console)
     assert runs[good.name].read()["state"] == "complete"
     assert runs["bad"].read()["state"] != "complete"
-    assert "bad failed" in capsys.readouterr().out
+    reason = runs["bad"].read()["reason"]
+    assert f"bad failed: {reason}; see" in capsys.readouterr().out
 
 
 def test_a_table_that_is_terminated_stops_its_run_and_can_be_resumed(tmp_path):

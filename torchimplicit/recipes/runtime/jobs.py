@@ -108,7 +108,7 @@ def prepare(job: Job, folder: Path, table: str = "") -> Run:
         if table and read.get("table") == table:
             say_once(f"{run.path.parent}: the runs keep the settings of their beginning; some defaults are others now")
             return run
-        raise UserError(f"{run} was made with other settings; reproduce into a new --output")
+        raise UserError(f"{run} was made with other settings; delete it, or choose a new --output")
     return run
 
 
@@ -170,11 +170,13 @@ def _has_gpu(plan: Plan) -> bool:
 
 
 def _say_how_it_ended(console: Console, run: Run, error: BaseException | None) -> None:
-    if error is not None and not finished(run):
-        last = str(error).strip().splitlines()[-1]
-        console.print(f"[red]{run.path.name} failed[/red]: {last}; see {run}/log.txt", highlight=False, soft_wrap=True)
+    noted = run.read()
+    if error is None or finished(run):
+        console.print(f"{run.path.name}: {noted['state']}", highlight=False)
         return
-    console.print(f"{run.path.name}: {run.read()['state']}", highlight=False)
+    # a process that was killed has left no reason, and the last line of its error names its log
+    reason = noted.get("reason") or str(error).strip().splitlines()[-1].strip(" -")
+    console.print(f"[red]{run.path.name} failed[/red]: {reason}; see {run}/log.txt", highlight=False, soft_wrap=True)
 
 
 def _bars(console: Console, total: int) -> Progress:
