@@ -418,6 +418,27 @@ def tuple_name(batch: int, dim: int, rtol: float) -> str:
     return f"batch {batch}, width {dim}, rtol {rtol:g}"
 
 
+def panels(tables: dict[str, list[Row]]) -> list[Bars]:
+    """Times by model."""
+    return [
+        Bars(
+            title,
+            "milliseconds a step",
+            {
+                row["model"]: {
+                    name: row.get(f"{key} ms", 0.0)
+                    for name, key in (("eager", "eager"), ("captured", "captured"), ("TorchDEQ", "peer"))
+                    if row.get(f"{key} ms") or title == "Models"
+                }
+                for row in rows
+            },
+            log=True,
+        )
+        for title, rows in tables.items()
+        if rows
+    ]
+
+
 def main() -> None:
     """Measure for as long as the budget lasts, and record."""
     options = record.arguments(__doc__.splitlines()[0], repeats=9, device="cpu", budget=3000.0, peers="")
@@ -448,23 +469,6 @@ def main() -> None:
         for (batch, width, rtol), row in zip(settings, tables["Growth"], strict=False)
         if (batch, rtol) == (64, 1e-4) and width in JITTED and "jaxopt ms" in row and "captured ms" in row
     ]
-    panels = [
-        Bars(
-            title,
-            "milliseconds a step",
-            {
-                row["model"].replace(", ", ",\n"): {
-                    name: row.get(f"{key} ms", 0.0)
-                    for name, key in (("eager", "eager"), ("captured", "captured"), ("TorchDEQ", "peer"))
-                    if row.get(f"{key} ms") or title == "Models"
-                }
-                for row in rows
-            },
-            log=True,
-        )
-        for title, rows in tables.items()
-        if rows
-    ]
     record.record(
         "models" if options.device == "cpu" else f"models_{options.device}",
         options,
@@ -479,7 +483,7 @@ def main() -> None:
         rows=tables,
         columns={"Models": COLUMNS, "Growth": (*COLUMNS, "jaxopt ms")},
         targets=targets,
-        panels=panels,
+        panels=panels(tables),
         notes=[
             "Times are medians; the JSON has the least ones, and why something has no time.",
             "Memory is what a step holds at most above what was held before it, as torch's allocators count it.",

@@ -290,7 +290,7 @@ class Bars:
     """One panel of the figure: named groups of named bars; ``log`` for a logarithmic axis."""
 
     title: str
-    ylabel: str
+    unit: str
     groups: dict[str, dict[str, float]]
     log: bool = False
     line: float | None = None
@@ -302,25 +302,23 @@ def _draw(panels: Sequence[Bars], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3.6 * len(panels)), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[:, 0], panels, strict=True):
-        names = list(dict.fromkeys(name for bars in panel.groups.values() for name in bars))
-        width = 0.85 / max(1, len(names))
-        for k, name in enumerate(names):
-            places = [
-                i + (k - (len(names) - 1) / 2) * width for i, bars in enumerate(panel.groups.values()) if name in bars
-            ]
-            axis.bar(
-                places,
-                [bars[name] for bars in panel.groups.values() if name in bars],
-                width,
-                label=name,
-                color=plt.get_cmap("tab20")(k % 20),
-            )
-        axis.set_xticks(range(len(panel.groups)), list(panel.groups), fontsize=8)
-        axis.set(title=panel.title, ylabel=panel.ylabel, yscale="log" if panel.log else "linear")
+    names = [list(dict.fromkeys(name for bars in panel.groups.values() for name in bars)) for panel in panels]
+    heights = [1.2 + 0.18 * len(panel.groups) * (len(bars) + 1) for panel, bars in zip(panels, names, strict=True)]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, panel, bars in zip(axes[:, 0], panels, names, strict=True):
+        width = 0.85 / max(1, len(bars))
+        for k, name in enumerate(bars):
+            lengths = {i: group[name] for i, group in enumerate(panel.groups.values()) if name in group}
+            places = [i + (k - (len(bars) - 1) / 2) * width for i in lengths]
+            axis.barh(places, list(lengths.values()), width, label=name, color=plt.get_cmap("tab20")(k % 20))
+        axis.set_yticks(range(len(panel.groups)), list(panel.groups), fontsize=8)
+        axis.set(title=panel.title, xlabel=panel.unit, xscale="log" if panel.log else "linear")
+        axis.invert_yaxis()
+        axis.margins(y=0.01)
         if panel.line is not None:
-            axis.axhline(panel.line, color="black", linewidth=0.8, linestyle="--")
+            axis.axvline(panel.line, color="black", linewidth=0.8, linestyle="--")
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)

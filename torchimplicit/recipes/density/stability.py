@@ -481,7 +481,7 @@ def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
     from torchimplicit.recipes.runtime.page import axes, legend_beside
 
     figure, (panel,) = axes(1, width=6.4, height=3.9)
-    for row in rows:
+    for place, row in enumerate(rows):
         look = look_of(row)
         for number, line in enumerate(runs.where(row=row)):
             named = ROWS[row].help.label if not number and ROWS[row].inner == ROWS[rows[0]].inner else None
@@ -489,7 +489,7 @@ def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
                 panel.scatter(
                     line["train.least"],
                     counted(line, way, "after"),
-                    s=26,
+                    s=26 + 30 * (len(rows) - 1 - place),  # where runs coincide, all rows are to be seen
                     marker=look["marker"],
                     facecolor=face,
                     edgecolor=look["color"],
@@ -516,7 +516,7 @@ def along_training(runs: Runs, rows: list[str]) -> Figure:
                     [look[what] for look in line["looks"]],
                     linestyle=LINES[number % len(LINES)],
                     markersize=3.5,
-                    linewidth=1.0 + 0.45 * (len(rows) - 1 - place),  # rows that coincide are all to be seen
+                    linewidth=1.0 + 1.2 * (len(rows) - 1 - place),  # likewise
                     label=None if number else ROWS[row].help.label,
                     **look_of(row),
                 )

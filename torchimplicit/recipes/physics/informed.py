@@ -457,7 +457,7 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
 def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationName) -> Figure:
     """The error during the runs, a panel per optimizer, a line per run."""
     shown = [optimizer for optimizer in OPTIMIZERS if any(line["row"].optimizer == optimizer for line in runs)]
-    figure, panels = axes(len(shown), width=4.4, height=3.7)
+    figure, panels = axes(len(shown), width=5.4, height=3.7)
     for panel, optimizer in zip(panels, shown, strict=True):
         named: set[str] = set()
         for line in (line for line in runs if line["row"].optimizer == optimizer):
@@ -468,10 +468,6 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
             panel.plot(seconds, values, linewidth=1.1, label=label, **_look(model))
             named.add(model)
         panel.set(title=OPTIMIZERS[optimizer], xscale="log", yscale="log", xlabel="seconds of the processor's time")
-        left, right = panel.get_xlim()
-        ticks = [n * 10.0**k for k in range(-2, 4) for n in (1, 2, 5) if left <= n * 10.0**k <= right]
-        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        panel.set_xticks([], minor=True)
     low = min(panel.get_ylim()[0] for panel in panels)
     high = max(panel.get_ylim()[1] for panel in panels)
     for panel in panels:

@@ -145,6 +145,7 @@ def svg(figure: Figure, name: str) -> Markup:
     """The bare ``<svg>`` element, without prologue or metadata, with ids that begin with ``name``."""
     import matplotlib
 
+    plain_ticks(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -207,7 +208,20 @@ def legend_beside(panel: Axes) -> None:
     panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
+def plain_ticks(figure: Figure) -> None:
+    """Label logarithmic axes of less than two decades by plain numbers: powers of ten run into each other there."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    for axis in (axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        if axis.get_scale() == "log" and high < 100 * low:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(4))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
+
+
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as PNG, atomically."""
+    plain_ticks(figure)
     with replacing(path) as draft:
         figure.savefig(draft, dpi=dpi)
