@@ -93,9 +93,8 @@ show("end to end")
 if len(sys.argv) > 1:  # the picture
     import matplotlib.pyplot as plt
 
-    vivid = held_out.var((1, 2, 3)).argmax()
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained")
     for axis, (name, picture) in zip(axes, (shown | {"the photograph": held_out}).items(), strict=True):
-        axis.imshow(picture[vivid, 0], cmap="gray", vmin=0, vmax=1)
+        axis.imshow(picture[held_out.var((1, 2, 3)).argmax(), 0], cmap="gray", vmin=0, vmax=1)
         axis.set(title=name, xticks=[], yticks=[])
     figure.savefig(sys.argv[1], dpi=120)
