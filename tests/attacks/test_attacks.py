@@ -107,6 +107,19 @@ def test_the_model_is_left_as_it_was(kind: Any) -> None:
         assert torch.equal(value, before[name])
 
 
+def test_cold_solves_of_pgd_find_the_same_and_cost_more() -> None:
+    net, images = made()
+    ways: dict[str, Any] = {"radius": 0.5, "steps": 4, "step_size": 1.0, "last_step_size": 0.25}
+    warm, cold = (PGD(net, **ways, warm_start=warm).find(images, LABELS) for warm in (True, False))
+    torch.testing.assert_close(warm.images, cold.images, rtol=0, atol=1e-3)
+    assert cold.evaluations > warm.evaluations + 4
+
+
+def test_steps_fall_geometrically_from_the_first_to_the_last() -> None:
+    attack = PGD(made()[0], radius=2.0, steps=3, step_size=1.0, last_step_size=0.25)
+    assert [attack._size(step) for step in (1, 2, 3)] == pytest.approx([2.0, 1.0, 0.5])
+
+
 def test_a_multiscale_model() -> None:
     torch.manual_seed(0)
     model = MDEQ(mdeq_small(channels=(8, 8), head_channels=(4, 4), final_channels=8))
@@ -173,3 +186,15 @@ def test_what_cannot_be_attacked_is_said() -> None:
         JIIO(net, radius=1, last_step_size=-1.0)
     with pytest.raises(ValueError, match='"l2" or "linf"'):
         PGD(net, radius=1, norm="l1")  # type: ignore[arg-type]
+
+
+def test_joint_inference_that_starts_at_the_equilibrium_is_stronger_after_few_steps() -> None:
+    net, images = made()
+    ways: dict[str, Any] = {"radius": 0.5, "steps": 3, "step_size": 1.0, "damping": (1.0, 1.0, 1.0)}
+    started = JIIO(net, **ways).find(images, LABELS)
+    cold = JIIO(net, **ways, start=None).find(images, LABELS)
+    assert losses(net.eval(), started.images).mean() > losses(net, cold.images).mean()
+    assert cold.evaluations == 6, "each step is one evaluation and one product"
+    assert started.solves[0].status.tolist() == [ti.Status.STEPS_TAKEN] * 6
+    stopped = JIIO(net, **ways | {"steps": 400}, tolerance=1e-2).find(images, LABELS)
+    assert stopped.solves[0].steps.float().mean() < 400

@@ -60,6 +60,8 @@ class Attack(ABC):
         norm: ``"l2"`` or ``"linf"``.
         steps: the number of steps.
         step_size: the length of a step of the image, as a fraction of the radius.
+        last_step_size: the step size at the last step, which ``step_size`` approaches geometrically; ``None``: it is
+            constant.
         targeted: whether the labels are the classes that the attack aims at, rather than the true classes.
         low, high: the range of the pixels, numbers or tensors like an image; the adversarial images lie in it as well
             as in the ball.
@@ -75,6 +77,7 @@ class Attack(ABC):
     norm: Norm = "l2"
     steps: int = 20
     step_size: float = 0.5
+    last_step_size: float | None = None
     targeted: bool = False
     low: float | Tensor = 0.0
     high: float | Tensor = 1.0
@@ -83,9 +86,12 @@ class Attack(ABC):
         name = type(self).__name__
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"{name} attacks an nn.Module, not a {type(self.model).__name__}")
-        for field in ("radius", "step_size"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise ValueError(f"{name}.{field} is {getattr(self, field)}, but must be positive and finite")
+        for field in ("radius", "step_size", "last_step_size"):
+            value = getattr(self, field)
+            if value is None and field == "last_step_size":
+                continue
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}.{field} is {value}, but must be positive and finite")
         if self.norm not in ("l2", "linf"):
             raise ValueError(f'{name}.norm is {self.norm!r}, but must be "l2" or "linf"')
         at_least(name, "steps", self.steps, 1)
@@ -121,6 +127,12 @@ class Attack(ABC):
     @abstractmethod
     def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> Parts:
         """Run the attack: the change, the states, the evaluations, and the figures of the solves."""
+
+    def _size(self, step: int) -> float:
+        """The length of step number ``step``, counted from one."""
+        last = self.step_size if self.last_step_size is None else self.last_step_size
+        share = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
+        return self.radius * self.step_size * (last / self.step_size) ** share
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss that the attack minimizes, ``[batch]``."""

@@ -12,7 +12,9 @@ from torchimplicit._solve import solve
 from torchimplicit.attacks.base import Attack, Parts
 from torchimplicit.attacks.replaced import Replaced
 from torchimplicit.problems import JointInference, JointState
-from torchimplicit.solvers import FixedPointIteration, Solver
+from torchimplicit.solvers import Anderson, FixedPointIteration, Solver
+
+NEAR = Anderson(rtol=0.1, max_steps=40)
 
 
 @final
@@ -22,16 +24,20 @@ class JIIO(Attack):
     equilibrium and its adjoint by one fixed-point iteration.
 
     A step costs one run of the model without a solve, and its backward pass. The change takes normalized steps: along
-    the gradient in the 2-norm, along its sign in the maximum norm. For each image, the result is the iterate with the
-    highest loss (see :class:`~torchimplicit.JointInference`).
+    the gradient in the 2-norm, along its sign in the maximum norm. The result is the image after the last step, as of
+    :class:`PGD`: the iterate of the lowest cost that :class:`~torchimplicit.JointInference` would choose is the weaker
+    attack, since that cost charges for states that lag behind, as they do while the change takes long steps.
 
     Args:
-        model, radius, norm, steps, step_size, targeted, low, high: see :class:`Attack`.
-        last_step_size: the step size at the last step, which ``step_size`` approaches geometrically; ``None``: it is
-            constant. The default, long steps first and short ones last, is that of the paper.
+        model, radius, norm, steps, step_size, last_step_size, targeted, low, high: see :class:`Attack`. Long steps
+            first and short ones last are the default, as in the paper.
         damping: the damping of the states, the adjoints and the change; the default is that of the paper. If the
             equilibrium's map contracts well, ``(1, 1, 1)`` gives a stronger attack in the same number of steps.
-        tolerance: relative tolerance of the joint residual, at which an image is done.
+        tolerance: relative tolerance of the joint residual, at which an image is done; ``None``: all images take all
+            steps, which saves one evaluation and the tests.
+        start: the solver of the equilibria of the given images, from which the joint iteration starts; ``None``: it
+            starts at the layers' initial states, as in the paper. Evaluations alone are cheap beside joint steps, the
+            first of which would have no state to differentiate at.
         solver: the solver of the joint iteration; ``None``: plain iteration. The problem is not convex, and Anderson's
             method finds other stationary points, which are weaker attacks.
     """
@@ -39,19 +45,9 @@ class JIIO(Attack):
     step_size: float = 1.0
     last_step_size: float | None = 0.2
     damping: tuple[float, float, float] = (0.8, 0.6, 1.0)
-    tolerance: float = 1e-3
+    tolerance: float | None = None
+    start: Solver | None = NEAR
     solver: Solver | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.last_step_size is not None and not 0 < self.last_step_size < float("inf"):
-            raise ValueError(f"JIIO.last_step_size is {self.last_step_size}, but must be positive and finite, or None")
-
-    def _size(self, step: int) -> float:
-        """The length of step number ``step``, counted from one."""
-        last = self.step_size if self.last_step_size is None else self.last_step_size
-        share = min(max(step - 1, 0) / max(self.steps - 1, 1), 1.0)
-        return self.radius * self.step_size * (last / self.step_size) ** share
 
     def _found(self, model: Replaced, images: Tensor, labels: Tensor) -> Parts:
         both = _Both(self, model)
@@ -64,13 +60,19 @@ class JIIO(Attack):
             damping=self.damping,
             normalized=True if self.norm == "l2" else "sign",
         )
-        solver = self.solver or FixedPointIteration(rtol=self.tolerance, max_steps=self.steps)
+        plain = FixedPointIteration(return_last=True, rtol=self.tolerance, max_steps=self.steps)
+        solver = self.solver or (plain if self.tolerance is not None else plain.given(self.steps))
+        evaluations = 0.0
         with torch.no_grad():
-            start = model.start(images), torch.zeros_like(images)
-            solution = solve(problem, start, images, labels, solver=solver)
+            states = model.start(images)
+            if self.start is not None:
+                solutions = model.solved(images, states, self.start)[1]
+                states = tuple(one.value for one in solutions)
+                evaluations = sum(one.evaluations for one in solutions)
+            solution = solve(problem, (states, torch.zeros_like(images)), images, labels, solver=solver)
         state: JointState = solution.value
         # each evaluation of the joint map includes one product with the Jacobian, for the adjoint
-        return state.x, state.z, 2 * solution.evaluations, (solution.figures(),)
+        return state.x, state.z, evaluations + 2 * solution.evaluations, (solution.figures(),)
 
 
 class _Both:

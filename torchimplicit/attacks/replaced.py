@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchimplicit._solve import solve
+from torchimplicit.gradients import Gradient
 from torchimplicit.members import compiled_module
 from torchimplicit.nn import Equilibrium, per_solve
 from torchimplicit.problems import FixedPoint
+from torchimplicit.solution import Solution
+from torchimplicit.solvers import Solver
 
 
 class Stated(NamedTuple):
@@ -122,6 +126,28 @@ class Replaced:
 
         self.run(images, answer)
         return tuple(starts)
+
+    def solved(
+        self, images: Tensor, states: tuple[Any, ...], solver: Solver | None = None, gradient: Gradient | None = None
+    ) -> tuple[Tensor, list[Solution]]:
+        """The model's scores at its equilibria, and the solutions found from the starts ``states``; by the layers' own
+        strategies where none are given."""
+        solutions: list[Solution] = []
+
+        def answer(number: int, stated: Stated) -> tuple[Any, Any]:
+            layer = stated.layer
+            solution = solve(
+                stated.problem,
+                states[number],
+                *stated.inputs,
+                solver=solver or layer.eval_solver or layer.solver,
+                gradient=gradient or layer.gradient,
+                throw=layer.throw,
+            )
+            solutions.append(solution)
+            return solution.value, solution.aux if layer.has_aux else None
+
+        return self.run(images, answer), solutions
 
     def once(self, states: tuple[Any, ...], images: Tensor) -> tuple[tuple[Any, ...], Tensor]:
         """One evaluation of each equilibrium's map at its state, and the model's scores at these states."""

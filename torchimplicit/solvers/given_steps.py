@@ -57,7 +57,7 @@ def take_steps(
     known, before, point, state = first, None, None, None
     for step in range(count):
         with torch.no_grad() if step < hidden else nullcontext():
-            evaluate.begin(step)
+            evaluate.begin(step + 1)
             if straight and known is None and step + 1 < count:  # only the last residual is reported
                 z = evaluate.image(z)
                 trajectory.append(kept(step + 1, z))
@@ -74,7 +74,10 @@ def take_steps(
             move = solver.step(evaluate, point, state, _UNKNOWN)
             state = move.state
             known = move.to if isinstance(move.to, Point) else None
-            z = move.to.z if isinstance(move.to, Point) else evaluate.project(move.to)
+            if isinstance(move.to, Point):
+                z = move.to.z
+            else:  # the image of a state lies in the constraint's set, as the state does
+                z = move.to if move.to is point.image else evaluate.project(move.to)
             if point.scale is not None and point.judgement is None:
                 point = point.sizes()  # free its vectors before the next evaluation
         trajectory.append(kept(step + 1, z))

@@ -334,7 +334,9 @@ class _Loop:
             point = to if self.running is None else to.select(self.running, before)
         else:
             z = to if self.running is None else torch.where(self.running[:, None], to, before.z)
-            point = self.evaluate.system.refined(self.evaluate(self.evaluate.project(z)), before)
+            if to is not before.image:  # the image of a state lies in the constraint's set, as the state does
+                z = self.evaluate.project(z)
+            point = self.evaluate.system.refined(self.evaluate(z), before)
         self.point = point if self.judge.measure is None else self.judge.measure.step(point, before)
 
     def _judge(self, step: int, move: Move | None, ask: bool = True) -> None:
