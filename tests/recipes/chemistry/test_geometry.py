@@ -82,6 +82,16 @@ def test_ions_with_closed_shells_are_taken():
     assert (hydroxide.electrons, hydroxide.charge) == (10, -1)
 
 
+@pytest.mark.parametrize("name", ATOMS)
+def test_positions_in_bohr_are_doubted(name):
+    there = named(name)
+    bohr = replace(there, positions=tuple(tuple(x / BOHR for x in place) for place in there.positions))
+    assert not there.doubt
+    assert ("look like bohr" in bohr.doubt) == (len(there.charges) > 1)
+    far = replace(there, positions=tuple(tuple(9 * x for x in place) for place in there.positions))
+    assert not far.doubt  # atoms without bonds
+
+
 def test_a_nuclear_charge_that_no_element_has():
     with pytest.raises(UserError, match="nuclear charge 0, and no element has"):
         Geometry(name="mine", charges=(0, 2), positions=((0, 0, 0), (0, 0, 3)))

@@ -112,8 +112,8 @@ class Apply:
             f"[bold]{geometry.name}[/bold]: {result.energy:.5f} hartree, dipole {dipole:.3f} debye; "
             f"{result.status.name} in {result.steps} steps, {result.seconds:.1f} s"
         )
-        if result.warning:
-            say(f"  [yellow]Warning[/yellow]: {result.warning}")
+        for warning in filter(None, (geometry.doubt, result.warning)):
+            say(f"  [yellow]Warning[/yellow]: {warning}")
         if self.compare:
             with console.status(f"Kohn-Sham calculation of {geometry.name}"):
                 plain["kohn_sham"] = beside = compared(result)

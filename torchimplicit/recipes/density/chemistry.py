@@ -59,6 +59,20 @@ BOHR = 0.529177210903
 TOO_CLOSE = 0.4
 """Least distance of two atoms, in angstrom. The shortest bond, that of H2, has 0.74."""
 
+_RADII = """
+0.31 0.28
+1.28 0.96 0.84 0.76 0.71 0.66 0.57 0.58
+1.66 1.41 1.21 1.11 1.07 1.05 1.02 1.06
+2.03 1.76 1.70 1.60 1.53 1.39 1.39 1.32 1.26 1.24 1.32 1.22 1.22 1.20 1.19 1.20 1.20 1.16
+"""
+
+RADII = (0.0, *map(float, _RADII.split()))
+"""Covalent radii in angstrom by nuclear charge, up to krypton (Cordero et al., Dalton Trans. 2008, 2832)."""
+
+STRETCHED = (1.4, 2.4)
+"""Distances of neighbours over the sum of their radii where a bond is long for angstrom, and usual if the positions are
+in bohr: 1.89 times as much."""
+
 MANY_ATOMS = 40
 """Molecules with more atoms are refused unless explicitly allowed: matrices grow with the square, grid and time with
 the cube."""
@@ -112,6 +126,22 @@ class Geometry:
         first = [s for s in ("C", "H") if s in counts] if "C" in counts else []
         order = [*first, *sorted(set(counts) - set(first))]
         return "".join(s + (str(counts[s]) if counts[s] > 1 else "") for s in order)
+
+    @property
+    def doubt(self) -> str:
+        """What is odd about the positions, which are computed all the same; empty if nothing is."""
+        if len(self.charges) < 2:
+            return ""
+        places, radii = np.array(self.positions) * BOHR, np.array([RADII[charge] for charge in self.charges])
+        apart = np.linalg.norm(places[:, None] - places, axis=-1) / (radii[:, None] + radii)
+        np.fill_diagonal(apart, math.inf)
+        nearest = apart.min(axis=1)
+        if not (STRETCHED[0] < nearest).all() or not (nearest < STRETCHED[1]).all():
+            return ""
+        return (
+            f"every bond of {self.name} is at least {nearest.min():.1f} times as long as usual: positions must be in "
+            "angstrom, and these look like bohr"
+        )
 
     def _check_elements(self) -> None:
         for number, charge in enumerate(self.charges, start=1):

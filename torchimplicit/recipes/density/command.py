@@ -73,6 +73,8 @@ class Molecules:
         geometries, refused = self._geometries()
         folder = self.output or cache_folder("molecules")
         began = time.monotonic()
+        for doubt in filter(None, (geometry.doubt for geometry in geometries)):
+            console.print(f"Warning: {doubt}", highlight=False, soft_wrap=True)
         with _shown(console, (1 + (self.labels > 0)) * len(geometries)) as watch:
             outcomes = prepare(geometries, self.settings, folder, self.workers, watch)
             if self.labels:

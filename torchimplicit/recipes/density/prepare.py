@@ -97,8 +97,8 @@ def prepare(
         UserError: the folder cannot be written; the functional is not known; PySCF is missing and something has to be
             computed.
     """
-    work = Work(partial(file_name, settings=settings), partial(_molecule, settings=settings), read)
-    return carried_out(work, geometries, settings, folder, workers, watch)
+    work = Work(partial(file_name, settings=settings), partial(compute, settings=settings), write, read)
+    return _done(work, geometries, settings, folder, workers, watch)
 
 
 def prepare_labels(
@@ -110,12 +110,9 @@ def prepare_labels(
     watch: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """The same for every molecule's labels; see :func:`prepare`."""
-    work = Work(
-        partial(labels.file_name, chemistry=chemistry, settings=settings),
-        partial(_labels, chemistry=chemistry, settings=settings),
-        labels.read,
-    )
-    return carried_out(work, geometries, chemistry, folder, workers, watch)
+    asked: dict[str, Any] = {"chemistry": chemistry, "settings": settings}
+    work = Work(partial(labels.file_name, **asked), partial(labels.labelled, **asked), labels.write, labels.read)
+    return _done(work, geometries, chemistry, folder, workers, watch)
 
 
 @dataclass(frozen=True)
@@ -124,16 +121,39 @@ class Work:
 
     Attributes:
         name: name of the file of a geometry.
-        compute: compute a geometry's, write it to a path and say how many seconds it took.
-        read: a file, with a :class:`~torchimplicit.recipes.density.storage.BrokenFileError` where it is none.
+        compute: compute a geometry's; the result has the ``seconds`` that it took.
+        write: write a result to a path.
+        read: read a file, with a :class:`~torchimplicit.recipes.density.storage.BrokenFileError` where it is none.
     """
 
     name: Callable[[Geometry], str]
-    compute: Callable[[Geometry, Path], float]
+    compute: Callable[[Geometry], Any]
+    write: Callable[[Path, Any], None]
     read: Callable[[Path], Any]
 
+    def there(self, path: Path) -> tuple[bool, str]:
+        """Return whether the file exists and is intact, and a note if it is not."""
+        if not path.exists():
+            return False, ""
+        try:
+            self.read(path)
+        except BrokenFileError as error:
+            return False, f"computed again: {error}"
+        return True, ""
 
-def carried_out(
+    def carry_out(self, geometry: Geometry, path: Path, note: str) -> Outcome:
+        """Compute for one molecule and write its file."""
+        try:
+            result = self.compute(geometry)
+            self.write(path, result)
+        except (UserError, NotComputedError) as error:
+            return Outcome(geometry=geometry, reason=str(error), note=note)
+        except OSError as error:
+            return Outcome(geometry=geometry, reason=f"{path} cannot be written ({error.strerror or error})", note=note)
+        return Outcome(geometry=geometry, path=path, seconds=result.seconds, note=note)
+
+
+def _done(
     work: Work,
     geometries: Sequence[Geometry],
     settings: ChemistrySettings,
@@ -143,84 +163,47 @@ def carried_out(
 ) -> list[Outcome]:
     """See :func:`prepare`."""
     _writable(folder)
-    outcomes: dict[int, Outcome] = {}
-    wanted: dict[int, tuple[Geometry, Path, str]] = {}
-    first: dict[Path, int] = {}
-    for index, geometry in enumerate(geometries):
-        path = folder / work.name(geometry)
-        if path in first:  # asked for twice
+    paths = [folder / work.name(geometry) for geometry in geometries]
+    outcomes: dict[Path, Outcome] = {}
+    wanted: dict[Path, tuple[Geometry, Path, str]] = {}
+    for geometry, path in zip(geometries, paths, strict=True):
+        if path in outcomes or path in wanted:  # asked for twice
             continue
-        first[path] = index
-        produced, note = _found(path, work)
-        if produced:
-            outcomes[index] = Outcome(geometry=geometry, path=path)
-            watch(outcomes[index])
+        there, note = work.there(path)
+        if there:
+            outcomes[path] = Outcome(geometry=geometry, path=path)
+            watch(outcomes[path])
         else:
-            wanted[index] = (geometry, path, note)
+            wanted[path] = (geometry, path, note)
     if wanted:
         check_functional(settings.functional)
-    for index, outcome in _computed(wanted, work, workers):
-        outcomes[index] = outcome
+    # larger molecules start first, so that none is left alone at the end
+    for path, outcome in _computed(sorted(wanted.values(), key=lambda one: -sum(one[0].charges)), work, workers):
+        outcomes[path] = outcome
         watch(outcome)
-    return [outcomes[first[folder / work.name(geometry)]] for geometry in geometries]
+    return [outcomes[path] for path in paths]
 
 
-def _found(path: Path, work: Work) -> tuple[bool, str]:
-    """Return whether the file exists and is intact, and a note if it is not."""
-    if not path.exists():
-        return False, ""
-    try:
-        work.read(path)
-    except BrokenFileError as error:
-        return False, f"computed again: {error}"
-    return True, ""
-
-
-def _computed(wanted: dict[int, tuple[Geometry, Path, str]], work: Work, workers: int) -> Iterator[tuple[int, Outcome]]:
-    """Yield outcomes as they come. Larger molecules start first, so that none is left alone at the end."""
-    order = sorted(wanted, key=lambda index: -sum(wanted[index][0].charges))
-    if workers == 1 or len(order) < 2:
-        for index in order:
-            yield index, _one(*wanted[index], work)
+def _computed(wanted: Sequence[tuple[Geometry, Path, str]], work: Work, workers: int) -> Iterator[tuple[Path, Outcome]]:
+    """Yield outcomes as they come."""
+    if workers == 1 or len(wanted) < 2:
+        for geometry, path, note in wanted:
+            yield path, work.carry_out(geometry, path, note)
         return
     context = multiprocessing.get_context("spawn")
     with _one_thread_each():
-        pool = ProcessPoolExecutor(min(workers, len(order)), mp_context=context, initializer=_begin)
+        pool = ProcessPoolExecutor(min(workers, len(wanted)), mp_context=context, initializer=_begin)
         try:
-            running = {pool.submit(_one, *wanted[index], work): index for index in order}
+            running = {pool.submit(work.carry_out, *one): one for one in wanted}
             for future in as_completed(running):
-                index = running[future]
-                geometry = wanted[index][0]
+                geometry, path, _ = running[future]
                 try:
-                    yield index, future.result()
+                    yield path, future.result()
                 except BrokenProcessPool:
                     reason = "a process ended abruptly, perhaps for lack of memory; try again with fewer --workers"
-                    yield index, Outcome(geometry=geometry, reason=reason)
+                    yield path, Outcome(geometry=geometry, reason=reason)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _one(geometry: Geometry, path: Path, note: str, work: Work) -> Outcome:
-    """Compute for one molecule and write its file."""
-    try:
-        seconds = work.compute(geometry, path)
-    except (UserError, NotComputedError) as error:
-        return Outcome(geometry=geometry, reason=str(error), note=note)
-    except OSError as error:
-        return Outcome(geometry=geometry, reason=f"{path} cannot be written ({error.strerror or error})", note=note)
-    return Outcome(geometry=geometry, path=path, seconds=seconds, note=note)
-
-
-def _molecule(geometry: Geometry, path: Path, settings: ChemistrySettings) -> float:
-    record = compute(geometry, settings)
-    write(path, record)
-    return record.seconds
-
-
-def _labels(geometry: Geometry, path: Path, chemistry: ChemistrySettings, settings: LabelSettings) -> float:
-    computed = labels.labelled(geometry, chemistry, settings)
-    labels.write(path, computed)
-    return computed.seconds
 
 
 def _begin() -> None:

@@ -17,6 +17,7 @@ from torchimplicit.models.orbital_free import OrbitalFree
 from torchimplicit.recipes.density import storage
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
+from torchimplicit.recipes.runtime.files import say_once
 
 SPURIOUS_ENERGY, SPURIOUS_LOSS = 0.05, 2.0
 """Thresholds in hartree per electron, and relative to the L of the superposition of atoms. A minimum farther off than
@@ -231,8 +232,12 @@ def summarized(qualities: Sequence[Quality]) -> Summary:
 
 
 def checked(config: OrbitalFreeTraining) -> bool:
-    """Return whether densities are also minimized on a finer grid."""
-    return config.check_grid > config.molecules.chemistry.grid and find_spec("pyscf") is not None
+    """Return whether densities are also minimized on a finer grid, which PySCF makes; say it if there is none."""
+    finer_asked = config.check_grid > config.molecules.chemistry.grid
+    if finer_asked and find_spec("pyscf") is None:
+        say_once(f"PySCF is not installed: no density is checked on a grid of level {config.check_grid} (--check-grid)")
+        return False
+    return finer_asked
 
 
 def measured(
