@@ -30,6 +30,7 @@ from torchimplicit.recipes.density.record import Record
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
+from torchimplicit.solution import Status
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,6 +169,11 @@ def test_what_training_lacked_is_refused_or_warned_of(run):
     assert strange.least > 0
     assert "no minimum" not in strange.warning
     assert "an eigenvalue of -0.5 hartree" in replace(strange, least=-0.5).warning
+    assert "stopped with MAX_STEPS" in replace(strange, status=Status.MAX_STEPS).warning
+    hydride = from_angstrom("H-", [("H", (0, 0, 5.0))], charge=-1)
+    ion = density(trained, hydride)
+    assert "H- has the charge -1, and training molecules have none" in ion.warning
+    assert ion.dipole == pytest.approx((0, 0, 0), abs=1e-3)  # wherever it is
 
 
 def test_a_run_without_a_functional(tmp_path):

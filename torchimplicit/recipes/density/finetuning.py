@@ -277,22 +277,22 @@ def _key(way: str) -> str:
     return way.replace("-", "_")
 
 
+BEFORE = {"test": "before", "train": "before_train", "reference": "reference_before"}
+BEFORE |= {name: f"{name}_before" for name in ("spurious", "saddles")}
+"""Figures before fine-tuning, which every variant has, by their names afterwards."""
+
+
 def _figure(runs: Runs, row: Row, path: str) -> list[Any]:
     """A figure of every seed; before fine-tuning if the variant is empty."""
     kind, way = row
     if way:
-        return [line[f"{_key(way)}.{path}"] for line in _lines(runs, kind, way)]
-    before = {"test": "before", "train": "before_train", "reference": "reference_before"}
-    before |= {name: f"{name}_before" for name in ("spurious", "saddles")}
+        return runs.of(kind, f"{_key(way)}.{path}")
     head, _, tail = path.partition(".")
-    if head not in before:
+    if head not in BEFORE:
         return []
-    renamed = ".".join(part for part in (before[head], tail) if part)
-    values = []
-    for line in _lines(runs, kind, ""):
-        first = next(name for name in WAYS if line[_key(name)] is not None)
-        values.append(line[f"{_key(first)}.{renamed}"])
-    return values
+    paths = [".".join((_key(name), BEFORE[head], *filter(None, [tail]))) for name in WAYS]
+    figures = ([line[one] for one in paths if line[one] is not None] for line in runs.where(row=kind))
+    return [found[0] for found in figures if found]
 
 
 def _finetuning(rows: list[Row], runs: Runs) -> TitledTable:

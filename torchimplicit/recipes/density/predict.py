@@ -126,6 +126,13 @@ class Density:
     def warning(self) -> str:
         """What makes the density doubtful; empty if nothing does."""
         geometry, warnings = self.record.geometry, []
+        if self.status is not Status.CONVERGED:
+            warnings.append(
+                f"the minimization stopped with {self.status.name} after {self.steps} steps: the energy is not the "
+                "least, and the forces are not its slopes"
+            )
+        if geometry.charge:
+            warnings.append(f"{geometry.name} has the charge {geometry.charge:+d}, and training molecules have none")
         if self.strange:
             warnings.append(
                 f"atom {self.strangest + 1} ({symbol(geometry.charges[self.strangest])}) of {geometry.name} has "
