@@ -135,7 +135,7 @@ def test_batches_are_the_molecules_one_by_one(water) -> None:
     ps = torch.stack([water.guess, water.reference])
     graph, rows = energy.known(water)
     second, others = energy.known(other)
-    joined = Graph.joined([graph.repeated(2), second])
+    joined = Graph.joined([graph, graph, second])
     found = energy.of_rows(torch.cat([rows(ps).flatten(0, 1), others(other.guess)]), joined)
     alone = [energy(water.guess, water), energy(water.reference, water), energy(other.guess, other)]
     torch.testing.assert_close(found.view(3, 3).sum(dim=1), torch.stack(alone))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self, final
 from weakref import WeakKeyDictionary
@@ -119,20 +119,9 @@ class Graph:
         harmonics = tuple(of_directions(away / distance[:, None], len(config.shells) - 1))
         return cls(kinds=kinds, first=first, second=second, distance=distance, harmonics=harmonics)
 
-    def repeated(self, count: int) -> Self:
-        """So many copies, one after the other."""
-        atoms = len(self.kinds) * torch.arange(count, device=self.kinds.device)[:, None]
-        return type(self)(
-            kinds=self.kinds.repeat(count),
-            first=(self.first + atoms).flatten(),
-            second=(self.second + atoms).flatten(),
-            distance=self.distance.repeat(count),
-            harmonics=tuple(one.repeat(count, 1) for one in self.harmonics),
-        )
-
     @classmethod
-    def joined(cls, graphs: list[Self]) -> Self:
-        """One after the other."""
+    def joined(cls, graphs: Sequence[Self]) -> Self:
+        """Several graphs as one, one after the other; a graph may be there several times."""
         starts = list(accumulate((len(graph.kinds) for graph in graphs), initial=0))
         return cls(
             kinds=torch.cat([graph.kinds for graph in graphs]),
@@ -144,13 +133,8 @@ class Graph:
 
     def to(self, dtype: torch.dtype) -> Self:
         """In another precision."""
-        return type(self)(
-            kinds=self.kinds,
-            first=self.first,
-            second=self.second,
-            distance=self.distance.to(dtype),
-            harmonics=tuple(one.to(dtype) for one in self.harmonics),
-        )
+        harmonics = tuple(one.to(dtype) for one in self.harmonics)
+        return replace(self, distance=self.distance.to(dtype), harmonics=harmonics)
 
 
 @final

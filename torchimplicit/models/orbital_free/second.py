@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchimplicit.models.orbital_free.functional import SHELLS, OrbitalFree
+from torchimplicit.models.orbital_free.functional import SHELLS, OrbitalFree, features
+from torchimplicit.models.orbital_free.local import positive_part, thomas_fermi
 from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.models.orbital_free.pairs import entries
 
@@ -53,9 +54,8 @@ def mixed(functional: OrbitalFree, p: Tensor, molecule: Molecule, wrt: Sequence[
         )
     parameters = {name: q.detach() for name, q in functional.named_parameters()}
     derivatives: dict[str, Tensor] = {}
-    network = [name for name in wrt if name.startswith("factor.")]
-    if network:
-        derivatives.update(_of_network(functional, p, molecule, {name: parameters[name] for name in network}))
+    if factor := {name: parameters[name] for name in wrt if name.startswith("factor.")}:
+        derivatives.update(_of_factor(functional, p, molecule, factor))
     linear = [name for name in ("reference", "pairs") if name in wrt]
     if linear:
         atoms, pairs = linear_columns(functional, molecule).split(
@@ -82,43 +82,34 @@ def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
     return torch.cat((columns, more.index_put((rows, places), values, accumulate=True)), dim=1)
 
 
-def _of_network(
-    functional: OrbitalFree, p: Tensor, molecule: Molecule, weights: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _of_factor(functional: OrbitalFree, p: Tensor, molecule: Molecule, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By weights of the enhancement factor, on which :math:`\\tau_{TF}F_\\theta` alone depends."""
+    factor = functional.factor
+    assert factor is not None
     with torch.no_grad():
         fields = molecule.fields(p)
-    local = _Local(functional)
+    own = {name.removeprefix("factor."): w for name, w in weights.items()}
 
-    def slope(weights: dict[str, Tensor], field: Tensor) -> Tensor:
+    def slope(own: dict[str, Tensor], field: Tensor) -> Tensor:
         """Of the energy density at one point, ``[4]``."""
 
         def energy(field: Tensor) -> Tensor:
-            return torch.func.functional_call(local, weights, (field[:1], field[1:, None])).sum()
+            plus = positive_part(field[:1], functional.config.width)
+            seen = features(plus, field[1:].square().sum(dim=0, keepdim=True))
+            return (thomas_fermi(plus) * torch.func.functional_call(factor, own, seen)[:, 0]).sum()
 
         return torch.func.grad(energy)(field)
 
     every = torch.func.vmap(torch.func.jacrev(slope), in_dims=(None, 1))
-    prefixed = {f"functional.{name}": w for name, w in weights.items()}
     sizes = [w.numel() for w in weights.values()]
     total = p.new_zeros(molecule.size, sum(sizes))
     for block in molecule.basis:
-        slopes = every(prefixed, fields[:, block.points])  # each [points, 4, *shape]
-        of_points = torch.cat([slopes[name].flatten(2) for name in prefixed], dim=2)
+        slopes = every(own, fields[:, block.points])  # each [points, 4, *shape]
+        of_points = torch.cat([slopes[name].flatten(2) for name in own], dim=2)
         of_points = (of_points * molecule.quadrature[block.points, None, None]).transpose(0, 1)
         total[block.functions] += block.values.flatten(1).to(of_points) @ of_points.flatten(0, 1)
     columns = total.split(sizes, dim=1)
     return {name: of.reshape(molecule.size, *w.shape) for (name, w), of in zip(weights.items(), columns, strict=True)}
-
-
-class _Local(torch.nn.Module):
-    """The sum of a functional's local energy densities, so that its weights can be replaced."""
-
-    def __init__(self, functional: OrbitalFree):
-        super().__init__()
-        self.functional = functional
-
-    def forward(self, rho: Tensor, slopes: Tensor) -> Tensor:
-        return torch.stack(list(self.functional.local(rho, slopes).values())).sum(dim=0)
 
 
 def _first(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> tuple[Tensor, Tensor]:

@@ -180,12 +180,12 @@ def slopes_of(
 ) -> list[tuple[Tensor, Tensor]]:
     """The network's energies ``[k]`` of the rows (``[k, atoms, length]``) of each example, and their slopes at the
     place of each coefficient, ``[k, n]``."""
-    graphs = [example.graph.repeated(len(one)) for example, one in zip(examples, rows, strict=True)]
+    graphs = [example.graph for example, one in zip(examples, rows, strict=True) for _ in one]
     every = torch.cat([one.detach().flatten(0, 1) for one in rows]).requires_grad_()
     with torch.enable_grad():
         energies = network.of_rows(every, Graph.joined(graphs))
         (slopes,) = torch.autograd.grad(energies.sum(), every, create_graph=recorded)
-    sizes = [len(graph.kinds) for graph in graphs]
+    sizes = [one.shape[0] * one.shape[1] for one in rows]
     return [
         (energy.view(len(one), -1).sum(dim=1), slope.reshape(len(one), -1)[:, example.place])
         for example, one, energy, slope in zip(examples, rows, energies.split(sizes), slopes.split(sizes), strict=True)
