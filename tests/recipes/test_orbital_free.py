@@ -328,7 +328,9 @@ def test_the_page_shows_lines_and_planes(tmp_path, folder):
     run = begun(tmp_path / "run", config)
     assert runner.train(config, run, Console(quiet=True))
     assert {path.stem for path in (run.path / "figures").glob("*.png")} == {"line", "plane", "training", "inner"}
-    assert "<svg" in (run.path / "index.html").read_text(encoding="utf-8")
+    page = (run.path / "index.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "∫|ρ−ρ_gs|/N" in page
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

@@ -202,6 +202,8 @@ def test_from_the_command_line(folder, tmp_path, capsys, monkeypatch) -> None:
     more = ("--steps", "2", "--measure-every", "1", "--check-grid", "0", "--output", "second")
     assert cli.main(["finetune", "first", *more]) == 0
     assert cli.main(["evaluate", "second"]) == 0
+    assert cli.main(["pretrain", *ask, "--held-out", "3"]) == 2
+    assert not (tmp_path / "runs").exists()  # nothing is begun
     capsys.readouterr()
     assert cli.main(["finetune", "--steps", "2"]) == 2
     assert "finetune needs the directory of a run of 'torchimplicit pretrain'" in capsys.readouterr().err

@@ -96,7 +96,8 @@ class Apply:
                     raise
                 failed += 1
                 console.print(f"[bold]{geometry.name}[/bold]: {error}", highlight=False, soft_wrap=True)
-        console.print(f"Written to {self.output}", highlight=False, soft_wrap=True)
+        if failed < len(geometries) + len(refused):
+            console.print(f"Written to {self.output}", highlight=False, soft_wrap=True)
         return int(failed > 0)
 
     def _found(self, trained: Trained, geometry: Geometry, console: Console) -> bool:

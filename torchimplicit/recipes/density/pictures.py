@@ -17,7 +17,7 @@ from torchimplicit.recipes.density.places import line, plane
 from torchimplicit.recipes.density.split import Split
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import CaptionedFigure
+from torchimplicit.recipes.runtime.table import CaptionedFigure, Table
 
 CAPTIONS = {
     "line": "The error of the density along a line through two atoms (ticks), by the trained functional, and by the "
@@ -48,8 +48,8 @@ def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str
     return drawn
 
 
-def write_report(results: Results, split: Split, functional: OrbitalFree, run: Run) -> None:
-    """Write ``figures/*.png`` and a self-contained ``index.html``."""
+def write_report(results: Results, table: Table, split: Split, functional: OrbitalFree, run: Run) -> None:
+    """Write ``figures/*.png`` and a self-contained ``index.html`` with the table."""
     drawn = figures(results, split, functional)
     with styled():
         pictures = saved(
@@ -59,7 +59,9 @@ def write_report(results: Results, split: Split, functional: OrbitalFree, run: R
         f"{results.weights} weights after {results.iterations} iterations of {results.config.optimizer} "
         f"({results.config.gradient}), {results.seconds:.0f} s; those of iteration {results.selected} were selected."
     )
-    run.write_text("index.html", document("An orbital-free density functional", [lead], [Section(pictures=pictures)]))
+    run.write_text(
+        "index.html", document("An orbital-free density functional", [lead], [Section(table=table, pictures=pictures)])
+    )
 
 
 def error_along_line(

@@ -90,7 +90,9 @@ class Density:
         record: record of the molecule, without a Kohn-Sham calculation.
         coefficients: coefficients of the density, ``[n]``.
         energy: in hartree.
-        parts: its terms by name.
+        parts: its terms by name. ``kinetic`` is that of Thomas, Fermi and von Weizsäcker with the learned factor; what
+            it lacks of the non-interacting kinetic energy is in ``reference`` (the linear terms), ``network`` and
+            ``constants``, which are learned.
         dipole: x, y and z, in atomic units (2.5417 debye), about the centre of the nuclei's charge.
         forces: on the nuclei, ``[atoms, 3]``, in hartree per bohr; ``None`` where they were not asked for.
         status: status of the minimization.

@@ -20,7 +20,7 @@ from torchimplicit.models.orbital_free import (
     OrbitalFree,
     OrbitalFreeConfig,
 )
-from torchimplicit.recipes.density import labels, storage
+from torchimplicit.recipes.density import labels, storage, training
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.examples import Example, Missing, fit_start
 from torchimplicit.recipes.density.learning_settings import Kind, Pretraining
@@ -77,12 +77,12 @@ class Results:
 
 
 def check(config: Pretraining) -> None:
-    """Check that the functional includes the exchange-correlation of the molecules.
+    """The molecules must be readable, and their exchange and correlation that of a functional.
 
     Raises:
-        UserError: it is not.
+        UserError: they are not.
     """
-    exchange_correlation(config.training())
+    training.check(config.training())
 
 
 def train(config: Pretraining, run: Run, console: Console) -> bool:
@@ -123,7 +123,6 @@ def started(
     """The functional with fitted linear terms and its initial network (single precision, scaled to the training
     molecules); and the training and validation examples."""
     records = {split: [storage.read(path) for path in files[split].values()] for split in ("train", "validation")}
-    training = config.training()
     network = NetworkConfig.of(
         [record.molecule_without_grid() for record in records["train"]],
         width=config.width,
@@ -138,7 +137,7 @@ def started(
                 penalty=config.penalty,
                 hidden=0,
                 pairs=network.elements if config.pairs else (),
-                exchange_correlation=exchange_correlation(training),
+                exchange_correlation=exchange_correlation(config.training()),
                 network=network,
                 network_at="density" if config.kind == "functional" else "guess",
             )
@@ -196,16 +195,16 @@ def _finished(
     network = functional.network
     assert network is not None
     network.double().load_state_dict(read_checkpoint(run.best)["weights"])
-    training = config.training()
+    settings = config.training()
     measure = measured_directly if config.kind == "density" else measured
     start: list[Quality] = []
     if config.kind != "density":
         linear = OrbitalFree(replace(functional.config, network=None))
         linear.load_state_dict({k: v for k, v in functional.state_dict().items() if not k.startswith("network.")})
-        start = measured(linear, files["test"], training)
+        start = measured(linear, files["test"], settings)
         domain = Domain.of([storage.read(path).molecule_without_grid() for path in files["train"].values()])
         Trained(functional, domain, config.molecules.chemistry).save(run)
-    validation, test = (measure(functional, files[split], training) for split in ("validation", "test"))
+    validation, test = (measure(functional, files[split], settings) for split in ("validation", "test"))
     return Results(
         state="complete",
         kind=config.kind,

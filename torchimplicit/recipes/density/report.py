@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from rich.console import Console
 
-from torchimplicit.recipes.density.quality import Quality, summarized
+from torchimplicit.recipes.density.quality import SPURIOUS_ENERGY, SPURIOUS_LOSS, Quality, Summary, summarized
 from torchimplicit.recipes.density.stepping import Course
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.run import Run
-from torchimplicit.recipes.runtime.table import NONE, CaptionedFigure, Column, Table
+from torchimplicit.recipes.runtime.table import NONE, CaptionedFigure, Cell, Table, sheet
 
 
 @dataclass(frozen=True)
@@ -35,43 +35,57 @@ class Part:
     reference: Sequence[float] = ()
 
 
+Row = tuple[Part, Summary]
+
+
 def table_of(parts: Iterable[Part]) -> Table:
     """A line for each part; columns in which nothing was measured are left out."""
-    parts = [part for part in parts if part.found]
-    means = [summarized(part.found) for part in parts]
-    refitted = [abs(one.trained_energy_error - one.energy_error) > 0 for one in means]
+    rows = [(part, summarized(part.found)) for part in parts if part.found]
 
-    def numbers(values: Iterable[float], digits: int, scale: float = 1.0) -> list[str]:
-        return [NONE if math.isnan(value) else f"{scale * value:.{digits}f}" for value in values]
+    def mean(name: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
+        return lambda row: _number(scale * getattr(row[1], name), digits)
 
-    energies = [(Column("ΔE", "mHa"), numbers((one.energy_error for one in means), 1, 1e3))]
-    if any(refitted):  # a part whose constants are those of training has no others
-        own = [one.energy_error if its else math.nan for one, its in zip(means, refitted, strict=True)]
+    def refitted(row: Row) -> bool:
+        return row[1].trained_energy_error != row[1].energy_error and not math.isnan(row[1].trained_energy_error)
+
+    at_minimum = "mean absolute error of the energy at the density found"
+    energies = [Cell("ΔE", mean("energy_error", 1, 1e3), "mHa", at_minimum)]
+    if any(map(refitted, rows)):
         energies = [
-            (Column("ΔE, constants refitted", "mHa"), numbers(own, 1, 1e3)),
-            (Column("ΔE, as trained", "mHa"), numbers((one.trained_energy_error for one in means), 1, 1e3)),
-        ]
-
-    columns = [
-        (Column("Molecules"), [part.name for part in parts]),
-        (Column("L", "10⁻³"), [f"{1e3 * one.loss:.3f} (MINAO {1e3 * one.guess_loss:.3f})" for one in means]),
-        (Column("L1 per electron"), [f"{one.l1:.4f} (MINAO {one.guess_l1:.4f})" for one in means]),
+            Cell("ΔE, constants refitted",
+                 lambda row: mean("energy_error", 1, 1e3)(row) if refitted(row) else NONE, "mHa",
+                 f"{at_minimum}, with elements' constants that were fitted afterwards to the training molecules' "
+                 "energies"),
+            Cell("ΔE, as trained", mean("trained_energy_error", 1, 1e3), "mHa", at_minimum),
+        ]  # fmt: skip
+    whole = sheet("", rows, [
+        Cell("Molecules", lambda row: row[0].name),
+        Cell("L", lambda row: f"{1e3 * row[1].loss:.3f} (MINAO {1e3 * row[1].guess_loss:.3f})", "10⁻³",
+             "∫(ρ−ρ_gs)²/(2N), mean of the molecules; MINAO is the superposition of atoms at which searches begin"),
+        Cell("L1 per electron", lambda row: f"{row[1].l1:.4f} (MINAO {row[1].guess_l1:.4f})", "",
+             "∫|ρ−ρ_gs|/N, likewise"),
         *energies,
-        (
-            Column("ΔE at the reference", "mHa"),
-            numbers((fmean(map(abs, part.reference or [math.nan])) for part in parts), 1, 1e3),
-        ),
-        (Column("L, finer grid", "10⁻³"), numbers((one.finer_loss for one in means), 3, 1e3)),
-        (Column("ΔE, finer grid", "mHa"), numbers((one.finer_energy_error for one in means), 1, 1e3)),
-        (Column("Better than MINAO", "%"), numbers((one.better for one in means), 0, 100)),
-        (Column("Better than before", "%"), numbers((part.improved for part in parts), 0, 100)),
-        (Column("Spurious minima", "%"), numbers((part.spurious for part in parts), 0, 100)),
-        (Column("Converged", "%"), numbers((1 - one.unconverged for one in means), 0, 100)),
-        (Column("Steps"), numbers((one.mean_steps for one in means), 1)),
-        (Column("λmin", "Ha"), numbers((one.least for one in means), 3)),
-    ]
-    kept = [(column, cells) for column, cells in columns if any(cell != NONE for cell in cells)]
-    return Table([column for column, _ in kept], [list(line) for line in zip(*(c for _, c in kept), strict=True)])
+        Cell("ΔE at the reference",
+             lambda row: _number(1e3 * fmean(map(abs, row[0].reference or [math.nan])), 1), "mHa",
+             "the same at the Kohn-Sham density"),
+        Cell("L, finer grid", mean("finer_loss", 3, 1e3), "10⁻³", "of the same functional's minimum there"),
+        Cell("ΔE, finer grid", mean("finer_energy_error", 1, 1e3), "mHa"),
+        Cell("Better than MINAO", mean("better", 0, 100), "%",
+             "of the molecules, in L and in L1, on the finer grid too"),
+        Cell("Better than before", lambda row: _number(100 * row[0].improved, 0), "%", "in L"),
+        Cell("Spurious minima", lambda row: _number(100 * row[0].spurious, 0), "%",
+             f"found, but unrelated to the Kohn-Sham density: more than {1e3 * SPURIOUS_ENERGY:g} mHa per electron or "
+             f"{SPURIOUS_LOSS:g} times MINAO's L away"),
+        Cell("Converged", lambda row: _number(100 * (1 - row[1].unconverged), 0), "%"),
+        Cell("Steps", mean("mean_steps", 1), "", "of a minimization, mean of the molecules"),
+        Cell("λmin", mean("least", 3), "Ha", "least eigenvalue of a Hessian at a density found, on the constraint"),
+    ]).table  # fmt: skip
+    kept = [place for place in range(len(whole.columns)) if any(line[place] != NONE for line in whole.rows)]
+    return Table([whole.columns[place] for place in kept], [[line[place] for place in kept] for line in whole.rows])
+
+
+def _number(value: float, digits: int) -> str:
+    return NONE if math.isnan(value) else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ from torchimplicit.recipes.runtime.optimize import Budget, Checkpointer, Enough
 from torchimplicit.recipes.runtime.optimize import run as optimize
 from torchimplicit.recipes.runtime.run import Environment, Run, threads
 from torchimplicit.recipes.runtime.settings import from_plain, to_plain
-from torchimplicit.recipes.runtime.table import Table
 
 EXCHANGE_CORRELATION: dict[str, ExchangeCorrelation] = {
     "lda,pw": "lda",
@@ -129,9 +128,7 @@ def train(config: OrbitalFreeTraining, run: Run, console: Console) -> bool:
             keeper.finish()
         results = _results(config, split, cases, functional, history, run)
     run.write_json("results.json", results)
-    if config.page:
-        write_report(results, split, functional, run)
-    console.print(_table(results).rich())
+    _tell(results, split, functional, run, console)
     return True
 
 
@@ -144,10 +141,8 @@ def evaluate(config: OrbitalFreeTraining, run: Run, console: Console) -> None:
         functional = started(config, cases["train"])
         history = _restored(functional, run.checkpoint)
         results = _results(config, split, cases, functional, history, run)
-    if config.page:
-        write_report(results, split, functional, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in SPLITS})
-    console.print(_table(results).rich())
+    _tell(results, split, functional, run, console)
 
 
 class _Watcher:
@@ -293,9 +288,10 @@ def _results(
     )
 
 
-def _table(results: Results) -> Table:
+def _tell(results: Results, split: Split, functional: OrbitalFree, run: Run, console: Console) -> None:
+    """Print the results and, if there is to be one, write the page."""
     free = " (as many constants as molecules: ΔE is nought)" if results.free_energies else ""
-    return table_of(
+    table = table_of(
         [
             Part("train, linear terms alone", results.start),
             Part(f"train{free}", results.train),
@@ -304,3 +300,6 @@ def _table(results: Results) -> Table:
             Part("test", results.test),
         ]
     )
+    if results.config.page:
+        write_report(results, table, split, functional, run)
+    console.print(table.rich())
