@@ -157,6 +157,7 @@ def test_the_density_is_that_of_the_run(run):
     assert found.energy - record.energy == pytest.approx(test["energy_error"], abs=1e-7)
     torch.testing.assert_close(found.coefficients @ record.basis.integrals(), torch.tensor(2.0, dtype=torch.float64))
     assert found.dipole == pytest.approx((0, 0, 0), abs=1e-4)
+    assert not replace(found, distance=found.limit + 1e-9).strange
 
 
 def test_what_training_lacked_is_refused_or_warned_of(run):

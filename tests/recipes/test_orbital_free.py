@@ -222,6 +222,7 @@ def test_quality(coarse):
     assert found.converged
     assert found.least > 0
     assert found.better == (found.loss < found.guess_loss and found.l1 < found.guess_l1)
+    assert not replace(found, loss=0.0, l1=0.0, converged=False).better
     whole = summarized([found, replace(found, loss=3 * found.loss, steps=99)])
     assert whole.loss == pytest.approx(2 * found.loss)
     assert whole.steps == 99

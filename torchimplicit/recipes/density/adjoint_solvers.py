@@ -37,13 +37,13 @@ class Way:
     Attributes:
         name: name to display.
         solver: a solver; or, on half the squared residual :math:`\\lVert Ay-b\\rVert^2/2`, optimizers of which the
-            best is reported, each a function of the largest entry of the solution and the largest eigenvalue.
+            best is reported.
         products: how many a step takes.
         normal: solve the normal equations :math:`A^2y=Ab` instead.
     """
 
     name: str
-    solver: LinearSolver | tuple[Callable[[Tensor, float, float], Optimizer], ...]
+    solver: LinearSolver | tuple[MakeOptimizer, ...]
     products: int = 1
     normal: bool = False
 
@@ -52,12 +52,16 @@ class Way:
         return (_squared(operator), operator.product(right)) if self.normal else (operator, right)
 
 
+MakeOptimizer = Callable[[Tensor, float, float], Optimizer]
+"""Makes an optimizer of a tensor, given the largest entry of the solution and the largest eigenvalue of :math:`A`."""
+
+
 def _descent(y: Tensor, largest_entry: float, largest_eigenvalue: float) -> Optimizer:
     """Gradient descent with the step :math:`1/\\lambda_{max}` of the Hessian :math:`A^2`."""
     return SGD([y], lr=largest_eigenvalue**-2)
 
 
-def _adam(rate: float) -> Callable[[Tensor, float, float], Optimizer]:
+def _adam(rate: float) -> MakeOptimizer:
     return lambda y, largest_entry, largest_eigenvalue: Adam([y], lr=rate * largest_entry)
 
 
@@ -120,32 +124,29 @@ def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int)
 
 
 def _assembled(operator: LinearOperator) -> LinearOperator:
-    """The same operator as an assembled matrix."""
+    """The same operator as an assembled, symmetric matrix."""
+    matrix = operator.dense()[0]
+    matrix, inner = 0.5 * (matrix + matrix.T), operator.unprojected
+    return _symmetric(operator, lambda v: v @ matrix, None if inner is None else _assembled(inner))
 
-    def of(matrix: Tensor, null: Tensor | None, inner: LinearOperator | None) -> LinearOperator:
-        def product(v: Tensor) -> Tensor:
-            return v @ matrix
 
-        return LinearOperator(
-            product=product,
-            transposed_product=product,
-            block_product=product,
-            batch=1,
-            dim=operator.dim,
-            dtype=operator.dtype,
-            device=operator.device,
-            symmetric=True,
-            null=null,
-            unprojected=inner,
-        )
+def _squared(operator: LinearOperator) -> LinearOperator:
+    """:math:`A^2`."""
+    return _symmetric(operator, lambda v: operator.product(operator.product(v)))
 
-    def symmetric(matrix: Tensor) -> Tensor:
-        return 0.5 * (matrix + matrix.T)
 
-    inner = None
-    if operator.unprojected is not None:
-        inner = of(symmetric(operator.unprojected.dense()[0]), None, None)
-    return of(symmetric(operator.dense()[0]), operator.null, inner)
+def _symmetric(
+    like: LinearOperator, product: Callable[[Tensor], Tensor], unprojected: LinearOperator | None = None
+) -> LinearOperator:
+    return replace(
+        like,
+        product=product,
+        transposed_product=product,
+        block_product=None,
+        restrict=None,
+        symmetric=True,
+        unprojected=unprojected,
+    )
 
 
 def _traced(
@@ -212,12 +213,3 @@ def _timed(way: Way, operator: LinearOperator, right: Tensor, products: float) -
         return scale * (time.process_time() - began)
 
     return timing
-
-
-def _squared(operator: LinearOperator) -> LinearOperator:
-    def product(v: Tensor) -> Tensor:
-        return operator.product(operator.product(v))
-
-    return replace(
-        operator, product=product, transposed_product=product, block_product=None, restrict=None, unprojected=None
-    )

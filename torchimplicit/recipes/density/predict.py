@@ -122,7 +122,7 @@ class Density:
     @property
     def strange(self) -> bool:
         """Return whether the molecule is outside what the functional was trained for."""
-        return self.distance > self.limit
+        return self.distance > self.limit + 1e-6  # a molecule that is turned is the same but for rounding
 
     @property
     def warning(self) -> str:

@@ -84,9 +84,9 @@ class Quality:
 
     @property
     def better(self) -> bool:
-        """Return whether it beats the superposition of atoms in both figures, and also on the finer grid if there is
-        one."""
-        improved = self.loss < self.guess_loss and self.l1 < self.guess_l1
+        """Return whether it was found and beats the superposition of atoms in both figures, and also on the finer grid
+        if there is one."""
+        improved = self.converged and self.loss < self.guess_loss and self.l1 < self.guess_l1
         return improved and (self.finer is None or self.finer.better(self.guess_loss))
 
 

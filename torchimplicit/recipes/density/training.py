@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -186,7 +187,8 @@ class _Watcher:
 
     def _select(self) -> None:
         history = self.history
-        by = {look.iteration: look.score for look in history.looks if look.score is not None}
+        scores = ((look.iteration, look.score) for look in history.looks)
+        by = {iteration: score for iteration, score in scores if score is not None and isfinite(score)}
         if by:
             history.best = min(by, key=lambda iteration: by[iteration])
         else:
