@@ -164,6 +164,19 @@ def test_every_public_name_has_its_place_in_the_api_pages():
     assert public - documented == set()
 
 
+def test_a_function_is_not_hidden_by_the_module_that_bears_its_name():
+    """The generator would describe ``torchimplicit.nn.best_of`` as the module, all its private parts included."""
+    modules = [
+        name
+        for names in API.values()
+        for name in names
+        if Path(torchimplicit.__file__).parent.joinpath(*name.split(".")).with_suffix(".py").is_file()
+    ]
+    assert [
+        name for name in modules if hasattr(importlib.import_module(f"torchimplicit.{name}"), name.rsplit(".", 1)[-1])
+    ] == []
+
+
 def test_the_overview_of_the_api_names_what_its_pages_describe():
     text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
     rows = {match[1]: match[0] for match in re.finditer(r"^\| \[[^]]+\]\((\w+)\.md\) \|.*$", text, re.MULTILINE)}
