@@ -8,8 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from torchimplicit.recipes.density import chemistry as sources
-from torchimplicit.recipes.density.chemistry import BOHR, MANY_ATOMS, Geometry, Refused, gathered, parse, read
+from torchimplicit.recipes.density import sources
+from torchimplicit.recipes.density.chemistry import BOHR, MANY_ATOMS, Geometry
+from torchimplicit.recipes.density.sources import Refused, gathered, parse, read
 from torchimplicit.recipes.runtime.errors import UserError
 
 WATER = "3\nwater\nO 0 0 0\nH 0.7572 0.5865 0\nH -0.7572 0.5865 0\n"

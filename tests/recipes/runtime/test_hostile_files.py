@@ -20,8 +20,7 @@ import torch
 pytest.importorskip("lightning")
 from PIL import Image
 
-from torchimplicit.recipes.density import chemistry as sources
-from torchimplicit.recipes.density import storage
+from torchimplicit.recipes.density import sources, storage
 from torchimplicit.recipes.runtime.errors import UserError
 
 LARGE = 10**12

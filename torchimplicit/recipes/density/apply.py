@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from torchimplicit.recipes.density.case import Case
-from torchimplicit.recipes.density.chemistry import Geometry, gathered, symbol
+from torchimplicit.recipes.density.chemistry import Geometry, symbol
 from torchimplicit.recipes.density.compute import NotComputedError, compute, kohn_sham, superposition
 from torchimplicit.recipes.density.guess import density_matrix
 from torchimplicit.recipes.density.integrals import made
 from torchimplicit.recipes.density.places import line, plane
 from torchimplicit.recipes.density.predict import Density, Trained, density, told
+from torchimplicit.recipes.density.sources import gathered
 from torchimplicit.recipes.runtime import files
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import axes, save_figure, styled

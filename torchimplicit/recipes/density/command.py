@@ -13,9 +13,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from torchimplicit.recipes.density.chemistry import Geometry, Refused, distorted, gathered
+from torchimplicit.recipes.density.chemistry import Geometry, distorted
 from torchimplicit.recipes.density.prepare import Outcome, prepare, prepare_labels
 from torchimplicit.recipes.density.settings import ChemistrySettings, LabelSettings
+from torchimplicit.recipes.density.sources import Refused, gathered
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder
 from torchimplicit.recipes.runtime.settings import not_negative, positive

@@ -11,9 +11,10 @@ import numpy as np
 
 from torchimplicit.models.orbital_free import Molecule
 from torchimplicit.recipes.density import storage
-from torchimplicit.recipes.density.chemistry import Geometry, distorted, gathered, symbol
+from torchimplicit.recipes.density.chemistry import Geometry, distorted, symbol
 from torchimplicit.recipes.density.prepare import Outcome, prepare
 from torchimplicit.recipes.density.settings import Molecules
+from torchimplicit.recipes.density.sources import gathered
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder
 
