@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining
 from torchimplicit.recipes.density.objective import Share, Work
 from torchimplicit.recipes.density.predict import Trained
-from torchimplicit.recipes.density.quality import Quality, measured, share_spurious
+from torchimplicit.recipes.density.quality import Quality, loaded, qualities, share_spurious
 from torchimplicit.recipes.density.report import Page, Part, table_of, tell
 from torchimplicit.recipes.density.settings import Molecules, OrbitalFreeTraining
 from torchimplicit.recipes.density.split import located
@@ -201,12 +202,14 @@ class _Finetuner:
         functional.load_state_dict(read_checkpoint(run.best)["weights"])
         constants = functional.constants.detach().clone()
         chosen = {name: self.files["train"][name] for name in self.names}
-        found = measured(before, self.files["test"], self.training, spectrum=config.spectrum)
-        found_train = measured(before, chosen, self.training, look_closer=False)
-        train = measured(functional, chosen, self.training, look_closer=False)
+        tested = self.files["test"]
+        whole: dict[str, Any] = {"spectrum": config.spectrum, "files": tested}
+        found = qualities(loaded(tested), before, self.training, **whole)
+        found_train = qualities(loaded(chosen), before, self.training)
+        train = qualities(loaded(chosen), functional, self.training)
         if not config.energy_weight:  # nothing has trained the constants, on which no density depends
             train = _refitted(functional, [case.molecule for case in self.cases], train)
-        test = measured(functional, self.files["test"], self.training, spectrum=config.spectrum, constants=constants)
+        test = qualities(loaded(tested), functional, self.training, constants=constants, **whole)
         Trained(functional, self.trained.domain, self.trained.chemistry).save(run)
         tenth = max(1, len(self.efforts) // 10)
         return Results(
@@ -218,10 +221,10 @@ class _Finetuner:
             test=test,
             before_train=found_train,
             train=train,
-            reference_before=_at_reference(before, self.files["test"].values()),
-            reference=_at_reference(functional, self.files["test"].values()),
-            spurious_before=share_spurious(found, self.files["test"]),
-            spurious=share_spurious(test, self.files["test"]),
+            reference_before=_at_reference(before, tested),
+            reference=_at_reference(functional, tested),
+            spurious_before=share_spurious(found, tested),
+            spurious=share_spurious(test, tested),
             effort=[_mean(part) for part in (self.efforts[:tenth], self.efforts[-tenth:]) if part],
             pretraining_seconds=self.pretraining_seconds,
             selected=self.stepper.course.best,
@@ -278,12 +281,9 @@ def _refitted(functional: OrbitalFree, molecules: Sequence[Molecule], qualities:
 
 
 @torch.no_grad()
-def _at_reference(functional: OrbitalFree, paths: Iterable[Path]) -> list[float]:
-    errors = []
-    for path in paths:
-        molecule = storage.load(path)
-        errors.append(float(functional(molecule.reference, molecule) - molecule.energy))
-    return errors
+def _at_reference(functional: OrbitalFree, files: Mapping[str, Path]) -> list[float]:
+    molecules = (case.molecule for case in loaded(files))
+    return [float(functional(molecule.reference, molecule) - molecule.energy) for molecule in molecules]
 
 
 def better(before: Sequence[Quality], after: Sequence[Quality]) -> float:

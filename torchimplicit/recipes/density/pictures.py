@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from matplotlib.axes import Axes
@@ -19,48 +20,44 @@ from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document,
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.table import CaptionedFigure, Table
 
-CAPTIONS = {
-    "line": "The error of the density along a line through two atoms (ticks), by the trained functional, and by the "
-    "superposition of atoms that its minimization begins at.",
-    "plane": "The error of both on the plane of three atoms, in electrons per cubic bohr.",
-    "training": "The error of the density, in the mean of the molecules; dotted: the superposition of atoms.",
-    "inner": "Steps that it takes to find a density, the worst molecule; and, where they were asked for, the extreme "
-    "eigenvalues of the Hessians.",
-}
-
-
-def figures(results: Results, split: Split, functional: OrbitalFree) -> dict[str, Figure]:
-    """The figures, by the names in :data:`CAPTIONS`."""
-    molecules = split.test or split.train
-    shown = max(molecules, key=lambda one: len(one.charges))
-    basis = storage.read(split.files[shown.name]).basis
-    case = Case.of(shown)
-    with torch.no_grad():
-        p = case.solved(functional, results.config, cold=True).value
-    errors = {"trained": p - shown.reference, "superposition of atoms": shown.guess - shown.reference}
-    with styled():
-        along, panel = error_along_line(shown.name, basis, errors, [(COLOURS[0], "-"), (COLOURS[1], "-")])
-        panel.legend()
-        drawn = {"line": along, "training": _training(results.looks)}
-        if len(shown.charges) > 1:
-            drawn["plane"] = _plane(shown.name, basis, errors)
-        drawn["inner"] = _inner(results.looks)
-    return drawn
-
 
 def write_report(results: Results, table: Table, split: Split, functional: OrbitalFree, run: Run) -> None:
     """Write ``figures/*.png`` and a self-contained ``index.html`` with the table."""
-    drawn = figures(results, split, functional)
     with styled():
-        pictures = saved(
-            [CaptionedFigure(name, drawn[name], text) for name, text in CAPTIONS.items() if name in drawn], run
-        )
+        pictures = saved(list(drawings(results, split, functional)), run)
     lead = (
         f"{results.weights} weights after {results.iterations} iterations of {results.config.optimizer} "
         f"({results.config.gradient}), {results.seconds:.0f} s; those of iteration {results.selected} were selected."
     )
-    run.write_text(
-        "index.html", document("An orbital-free density functional", [lead], [Section(table=table, pictures=pictures)])
+    sections = [Section(table=table, pictures=pictures)]
+    run.write_text("index.html", document("An orbital-free density functional", [lead], sections))
+
+
+def drawings(results: Results, split: Split, functional: OrbitalFree) -> Iterator[CaptionedFigure]:
+    """The errors of the largest molecule's density, and the course of the training."""
+    shown = max(split.test or split.train, key=lambda one: len(one.charges))
+    basis = storage.read(split.files[shown.name]).basis
+    with torch.no_grad():
+        p = Case.of(shown).solved(functional, results.config, cold=True).value
+    errors = {"trained": p - shown.reference, "superposition of atoms": shown.guess - shown.reference}
+    along, panel = error_along_line(shown.name, basis, errors, [(COLOURS[0], "-"), (COLOURS[1], "-")])
+    panel.legend()
+    yield CaptionedFigure(
+        "line",
+        along,
+        "The error of the density along a line through two atoms (ticks), by the trained functional, and by the "
+        "superposition of atoms that its minimization begins at.",
+    )
+    if len(shown.charges) > 1:
+        caption = "The error of both on the plane of three atoms, in electrons per cubic bohr."
+        yield CaptionedFigure("plane", _plane(shown.name, basis, errors), caption)
+    caption = "The error of the density, in the mean of the molecules; dotted: the superposition of atoms."
+    yield CaptionedFigure("training", _training(results.looks), caption)
+    yield CaptionedFigure(
+        "inner",
+        _inner(results.looks),
+        "Steps that it takes to find a density, the worst molecule; and, where they were asked for, the extreme "
+        "eigenvalues of the Hessians.",
     )
 
 
@@ -124,17 +121,16 @@ def _training(looks: list[Measurement]) -> Figure:
 
 
 def _inner(looks: list[Measurement]) -> Figure:
-    measured = [look for look in looks if look.train is not None]
-    spectrum = [look for look in measured if look.train is not None and look.train.least == look.train.least]
+    measured = [(look.iteration, look.train) for look in looks if look.train is not None]
+    spectrum = [(iteration, train) for iteration, train in measured if not math.isnan(train.least)]
     drawn, plots = axes(2 if spectrum else 1, width=5.0)
-    steps = [look.train.steps for look in measured if look.train is not None]
-    plots[0].plot([look.iteration for look in measured], steps, "o-", color=COLOURS[0], markersize=3)
+    plots[0].plot(*zip(*((k, train.steps) for k, train in measured), strict=True), "o-", color=COLOURS[0], markersize=3)
     plots[0].set(xlabel="iteration", ylabel="steps of a minimization", ylim=(0, None))
     if spectrum:
-        x = [look.iteration for look in spectrum]
         for index, what in enumerate(("least", "largest")):
-            values = [getattr(look.train, what) for look in spectrum]
-            plots[1].plot(x, values, "o-", color=COLOURS[index], markersize=3, label=f"{what} eigenvalue")
+            values = [getattr(train, what) for _, train in spectrum]
+            label = f"{what} eigenvalue"
+            plots[1].plot([k for k, _ in spectrum], values, "o-", color=COLOURS[index], markersize=3, label=label)
         plots[1].set(xlabel="iteration", ylabel="hartree")
         plots[1].set_yscale("symlog", linthresh=1e-2)
         plots[1].legend()

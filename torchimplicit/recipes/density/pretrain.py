@@ -27,9 +27,9 @@ from torchimplicit.recipes.density.learning_settings import Kind, Pretraining
 from torchimplicit.recipes.density.predict import Trained
 from torchimplicit.recipes.density.prepare import prepare_labels
 from torchimplicit.recipes.density.pretraining_loss import PretrainingLoss
-from torchimplicit.recipes.density.quality import Quality, errors, measured, share_spurious
+from torchimplicit.recipes.density.quality import Quality, errors, loaded, qualities, share_spurious
 from torchimplicit.recipes.density.report import Page, Part, table_of, tell
-from torchimplicit.recipes.density.settings import LabelSettings, OrbitalFreeTraining
+from torchimplicit.recipes.density.settings import LabelSettings
 from torchimplicit.recipes.density.split import located
 from torchimplicit.recipes.density.stepping import Course, Stepper, trained_before
 from torchimplicit.recipes.density.training import bounded, exchange_correlation
@@ -196,15 +196,20 @@ def _finished(
     assert network is not None
     network.double().load_state_dict(read_checkpoint(run.best)["weights"])
     settings = config.training()
-    measure = measured_directly if config.kind == "density" else measured
     start: list[Quality] = []
     if config.kind != "density":
         linear = OrbitalFree(replace(functional.config, network=None))
         linear.load_state_dict({k: v for k, v in functional.state_dict().items() if not k.startswith("network.")})
-        start = measured(linear, files["test"], settings)
+        start = qualities(loaded(files["test"]), linear, settings, files=files["test"])
         domain = Domain.of([storage.read(path).molecule_without_grid() for path in files["train"].values()])
         Trained(functional, domain, config.molecules.chemistry).save(run)
-    validation, test = (measure(functional, files[split], settings) for split in ("validation", "test"))
+    if config.kind == "density":
+        validation, test = (directly(functional, files[split]) for split in ("validation", "test"))
+    else:
+        validation, test = (
+            qualities(loaded(files[split]), functional, settings, files=files[split])
+            for split in ("validation", "test")
+        )
     return Results(
         state="complete",
         kind=config.kind,
@@ -223,14 +228,10 @@ def _finished(
 
 
 @torch.no_grad()
-def measured_directly(functional: OrbitalFree, files: Mapping[str, Path], config: OrbitalFreeTraining) -> list[Quality]:
-    """Measure each molecule's density as the network predicts it, without energy or minimization."""
-    qualities = []
-    for path in files.values():
-        case = Case.of(storage.load(path))
-        found = errors(case, predicted(functional, case))
-        qualities.append(Quality(**found, energy_error=math.nan, steps=0, evaluations=0.0, converged=True))
-    return qualities
+def directly(functional: OrbitalFree, files: Mapping[str, Path]) -> list[Quality]:
+    """Quality of each molecule's density as the network predicts it, without energy or minimization."""
+    nothing: dict[str, Any] = {"energy_error": math.nan, "steps": 0, "evaluations": 0.0, "converged": True}
+    return [Quality(**errors(case, predicted(functional, case)), **nothing) for case in loaded(files)]
 
 
 def predicted(functional: OrbitalFree, case: Case) -> Tensor:

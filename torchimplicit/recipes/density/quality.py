@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -190,7 +190,7 @@ def finer(case: Case, functional: OrbitalFree, config: OrbitalFreeTraining, p: T
 
 
 def qualities(
-    cases: Sequence[Case],
+    cases: Iterable[Case],
     functional: OrbitalFree,
     config: OrbitalFreeTraining,
     *,
@@ -198,18 +198,22 @@ def qualities(
     constants: Tensor | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> list[Quality]:
-    """Quality of each; ``files`` are the molecules' files by name, see :func:`quality`."""
+    """Quality of each molecule; see :func:`quality`.
+
+    Args:
+        files: the molecules' files by name, to look at the finer grid of the config too, if it asks for one; ``None``:
+            do not.
+    """
+    finer = files if files is not None and checked(config) else {}
     return [
-        quality(
-            case,
-            functional,
-            config,
-            spectrum=spectrum,
-            constants=constants,
-            file=None if files is None else files[case.molecule.name],
-        )
+        quality(case, functional, config, spectrum=spectrum, constants=constants, file=finer.get(case.molecule.name))
         for case in cases
     ]
+
+
+def loaded(files: Mapping[str, Path]) -> Iterator[Case]:
+    """The molecules of some files, of which one at a time is in memory."""
+    return (Case.of(storage.load(path)) for path in files.values())
 
 
 def summarized(qualities: Sequence[Quality]) -> Summary:
@@ -238,31 +242,6 @@ def checked(config: OrbitalFreeTraining) -> bool:
         say_once(f"PySCF is not installed: no density is checked on a grid of level {config.check_grid} (--check-grid)")
         return False
     return finer_asked
-
-
-def measured(
-    functional: OrbitalFree,
-    files: Mapping[str, Path],
-    config: OrbitalFreeTraining,
-    *,
-    spectrum: bool = False,
-    constants: Tensor | None = None,
-    look_closer: bool = True,
-) -> list[Quality]:
-    """Measure each molecule, minimizing from the superposition of atoms; one molecule at a time is in memory. See
-    :func:`quality`."""
-    finer = look_closer and checked(config)
-    return [
-        quality(
-            Case.of(storage.load(path)),
-            functional,
-            config,
-            spectrum=spectrum,
-            constants=constants,
-            file=path if finer else None,
-        )
-        for path in files.values()
-    ]
 
 
 def spurious(one: Quality, electrons: float) -> bool:

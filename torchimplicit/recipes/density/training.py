@@ -27,7 +27,7 @@ from torchimplicit.recipes.density.history import History, Measurement, Results
 from torchimplicit.recipes.density.objective import DensityFit
 from torchimplicit.recipes.density.pictures import write_report
 from torchimplicit.recipes.density.predict import Trained
-from torchimplicit.recipes.density.quality import Quality, checked, qualities, summarized
+from torchimplicit.recipes.density.quality import Quality, qualities, summarized
 from torchimplicit.recipes.density.report import Part, table_of
 from torchimplicit.recipes.density.settings import OrbitalFreeTraining
 from torchimplicit.recipes.density.split import SPLITS, Split, geometries, load
@@ -255,9 +255,8 @@ def _results(
     history: History,
     run: Run,
 ) -> Results:
-    files = split.files if checked(config) else None
     first = started(config, cases["train"])
-    start, start_test = (qualities(cases[name], first, config, files=files) for name in ("train", "test"))
+    start, start_test = (qualities(cases[name], first, config, files=split.files) for name in ("train", "test"))
     _restored(functional, run.best)
     constants = functional.constants.detach().clone()
     if not config.energy_weight:  # nothing has trained the constants, on which no density depends
@@ -266,7 +265,7 @@ def _results(
         fit_constants(functional, split.train, densities)
     Trained(functional, Domain.of(split.train), config.molecules.chemistry).save(run)
     by_split: dict[str, list[Quality]] = {
-        name: qualities(ones, functional, config, spectrum=config.spectrum, constants=constants, files=files)
+        name: qualities(ones, functional, config, spectrum=config.spectrum, constants=constants, files=split.files)
         for name, ones in cases.items()
     }
     counts = element_counts(split.train)
