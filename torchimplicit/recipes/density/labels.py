@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
@@ -121,91 +121,133 @@ def read(path: Path) -> Labels:
 def labelled(geometry: Geometry, chemistry: ChemistrySettings, settings: LabelSettings) -> Labels:
     """Compute the labels.
 
+    Each is the density :math:`D'` of the orbitals of lowest energy in the Fock matrix
+    :math:`h+J[D]+V_{xc}[D]+V_c`, where :math:`D` lies between the ground state and the superposition of atoms, and
+    :math:`V_c` is the Coulomb potential of a random fitted density c.
+
     Raises:
         NotComputedError: the ground state's iteration does not converge, or PySCF fails.
         UserError: PySCF is missing, or does not know the functional or the basis.
     """
-    from scipy.linalg import eigh
-
     check_functional(chemistry.functional)
     check_bases(geometry, chemistry)
     began = time.monotonic()
-    mol = made(geometry, chemistry.orbital_basis)
-    guess = superposition(mol)
-    field = kohn_sham(mol, chemistry, guess)
-    ground = field.make_rdm1()
-    fitting = density_basis(mol, chemistry)
-    basis = basis_of(fitting)
-    weight, external = basis.integrals().numpy(), attraction(mol, fitting)
-    coulomb, overlap = fitting.intor("int2c2e"), fitting.intor("int1e_ovlp")
-    core, kinetic, metric = field.get_hcore(), mol.intor("int1e_kin"), mol.intor("int1e_ovlp")
-    integrals = list(three_centre(mol, fitting))  # kept: they are needed for every density
-
-    def fitted(density: Array) -> Array:
-        held = np.array([[geometry.electrons], [float(np.vdot(core - kinetic, density))]])
-        conditions = np.stack([weight, external], axis=1)
-        return constrained_fit(coulomb, potentials(integrals, [density]), conditions, held)[:, 0]
-
-    reference = fitted(ground)
-
-    def away(p: Array) -> float:
-        return float(0.5 * (p - reference) @ overlap @ (p - reference) / geometry.electrons)
-
+    system = _System(geometry, chemistry)
     draw = np.random.default_rng([settings.seed, int(key(geometry, chemistry), 16)])
     least, most = np.log10(settings.nearest), np.log10(settings.farthest)
-    targets = np.sort(10 ** draw.uniform(least, most, settings.count - 1))
+    targets = [0.0, *np.sort(10 ** draw.uniform(least, most, settings.count - 1))]
     shares = [0.0, *(0.0 if k % 2 else draw.uniform(*settings.shares) for k in range(1, settings.count))]
-    begins = [(1 - share) * ground + share * guess for share in shares]
-    within = _exchange_correlation(field, fitting, begins)
-    repulsions = field.get_j(dm=np.stack(begins))
-    labelled, added = [], []
-    occupied = geometry.electrons // 2
-    exponents = basis.spread(basis.exponent).numpy()
-    felt = (exponents > EXPONENTS[0]) & (exponents < EXPONENTS[1])
-
-    def stepped(number: int, perturbation: Array) -> tuple[Array, float, float]:
-        fock = core + repulsions[number] + within.matrices[number]
-        fock = fock + coulomb_matrix(integrals, perturbation)
-        energies, orbitals = eigh(fock, metric)
-        orbitals = orbitals[:, :occupied]
-        gap = energies[occupied] - energies[occupied - 1] if occupied < len(energies) else np.inf
-        return 2 * orbitals @ orbitals.T, float(energies[occupied - 1]), float(gap)
-
-    for number in range(settings.count):
-        perturbation = np.zeros(len(weight))
-        if number:
-            perturbation = 0.05 * draw.normal(size=len(weight)) * felt / np.sqrt(coulomb.diagonal())
-            for _ in range(TRIES):
-                ratio = away(fitted(stepped(number, perturbation)[0])) / targets[number - 1]
-                if 0.5 < ratio < 2:
-                    break
-                perturbation *= np.clip(ratio**-0.5, 0.1, 10)
-        labelled.append(stepped(number, perturbation))
-        added.append(perturbation)
-    densities = [density for density, _, _ in labelled]
-    outside = _exchange_correlation(field, fitting, densities)
-    coefficients = np.stack([fitted(density) for density in densities])
-    # the kinetic energy's slope is minus the potential in which the orbitals are the ground state (Euler's equation)
-    felt_there = potentials(integrals, begins).T + np.stack(added) @ coulomb
-    slopes = outside.slopes - (external + felt_there + within.slopes)
-    inverse = np.linalg.solve(overlap, weight)
-    slopes = slopes - np.outer(slopes @ inverse / (weight @ inverse), weight)
-    own = field.get_j(dm=np.stack(densities))
+    begins = [(1 - share) * system.ground + share * system.guess for share in shares]
+    within = system.exchange_correlation(begins)
+    focks = system.core + system.field.get_j(dm=np.stack(begins)) + within.matrices
+    added = np.stack([system.perturbation(*one, draw) for one in zip(focks, targets, strict=True)])
+    densities, gaps = zip(*(system.stepped(*one) for one in zip(focks, added, strict=True)), strict=True)
+    coefficients = np.stack([system.fitted(density) for density in densities])
+    outside = system.exchange_correlation(densities)
+    # Euler's equation: T_s has its slope, up to a multiple of the integrals, in minus the potential of its orbitals
+    felt = system.external + potentials(system.integrals, begins).T + within.slopes + added @ system.coulomb
+    slopes = outside.slopes - felt
+    inverse = np.linalg.solve(system.overlap, system.weight)
+    slopes = slopes - np.outer(slopes @ inverse / (system.weight @ inverse), system.weight)
+    repulsions = system.field.get_j(dm=np.stack(densities))
     labels = {
         "coefficients": coefficients,
-        "kinetic": [np.vdot(kinetic, one) for one in densities],
+        "kinetic": [np.vdot(system.kinetic, one) for one in densities],
         "exchange_correlation": outside.energies,
-        "hartree": [0.5 * np.vdot(j, one) for j, one in zip(own, densities, strict=True)],
-        "attraction": [np.vdot(core - kinetic, one) for one in densities],
+        "hartree": [0.5 * np.vdot(j, one) for j, one in zip(repulsions, densities, strict=True)],
+        "attraction": [np.vdot(system.core - system.kinetic, one) for one in densities],
         "slope": slopes,
-        "loss": [away(p) for p in coefficients],
-        "gap": [gap for _, _, gap in labelled],
+        "loss": [system.away(p) for p in coefficients],
+        "gap": gaps,
     }
     arrays = {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in labels.items()}
     for name, tensor in arrays.items():
         if name != "gap" and not bool(tensor.isfinite().all()):
             raise NotComputedError(f"the labels' {name} has values that are not finite")
     return Labels(geometry=geometry, chemistry=chemistry, settings=settings, seconds=time.monotonic() - began, **arrays)
+
+
+class _System:
+    """A molecule's converged Kohn-Sham calculation, and what steps of its iteration take.
+
+    Attributes:
+        field: PySCF's calculation.
+        ground, guess: density matrices of the ground state and of the superposition of atoms, ``[orbitals, orbitals]``.
+        core, kinetic, metric: one-electron matrices: all of it, the kinetic energy, the overlap; likewise.
+        fitting: PySCF's basis of the density, n functions.
+        weight, external: integrals of the density's functions, and their attraction by the nuclei, ``[n]``.
+        coulomb, overlap: Coulomb integrals and overlaps of the functions, ``[n, n]``.
+        integrals: with the pairs of orbitals, kept, since every density needs them.
+        reference: the fitted ground state, ``[n]``.
+    """
+
+    def __init__(self, geometry: Geometry, chemistry: ChemistrySettings):
+        mol = made(geometry, chemistry.orbital_basis)
+        self.electrons = geometry.electrons
+        self.guess = superposition(mol)
+        self.field = kohn_sham(mol, chemistry, self.guess)
+        self.ground = self.field.make_rdm1()
+        self.core, self.kinetic = self.field.get_hcore(), mol.intor("int1e_kin")
+        self.metric = mol.intor("int1e_ovlp")
+        self.fitting = density_basis(mol, chemistry)
+        basis = basis_of(self.fitting)
+        self.weight, self.external = basis.integrals().numpy(), attraction(mol, self.fitting)
+        self.coulomb, self.overlap = self.fitting.intor("int2c2e"), self.fitting.intor("int1e_ovlp")
+        self.integrals = list(three_centre(mol, self.fitting))
+        exponents = basis.spread(basis.exponent).numpy()
+        self._felt = (exponents > EXPONENTS[0]) & (exponents < EXPONENTS[1])
+        self.reference = self.fitted(self.ground)
+
+    def fitted(self, density: Array) -> Array:
+        """The coefficients of a density of orbitals, ``[n]``, with its electrons and its attraction by the nuclei."""
+        held = np.array([[self.electrons], [float(np.vdot(self.core - self.kinetic, density))]])
+        conditions = np.stack([self.weight, self.external], axis=1)
+        return constrained_fit(self.coulomb, potentials(self.integrals, [density]), conditions, held)[:, 0]
+
+    def away(self, p: Array) -> float:
+        """:math:`\\int(\\rho-\\rho_{gs})^2/(2N)`."""
+        gap = p - self.reference
+        return float(0.5 * gap @ self.overlap @ gap / self.electrons)
+
+    def stepped(self, fock: Array, perturbation: Array) -> tuple[Array, float]:
+        """The density of the lowest orbitals of a Fock matrix and of the potential of a fitted density (``[n]``), and
+        the gap to the next orbital."""
+        from scipy.linalg import eigh
+
+        energies, orbitals = eigh(fock + coulomb_matrix(self.integrals, perturbation), self.metric)
+        occupied = self.electrons // 2
+        gap = energies[occupied] - energies[occupied - 1] if occupied < len(energies) else np.inf
+        return 2 * orbitals[:, :occupied] @ orbitals[:, :occupied].T, float(gap)
+
+    def perturbation(self, fock: Array, target: float, draw: np.random.Generator) -> Array:
+        """A random fitted density, ``[n]``, whose potential takes the step from a Fock matrix about as far from the
+        ground state as ``target``; nothing for a target of nought."""
+        perturbation = np.zeros(len(self.weight))
+        if target:
+            perturbation = 0.05 * draw.normal(size=len(self.weight)) * self._felt / np.sqrt(self.coulomb.diagonal())
+            for _ in range(TRIES):
+                ratio = self.away(self.fitted(self.stepped(fock, perturbation)[0])) / target
+                if 0.5 < ratio < 2:
+                    break
+                perturbation *= np.clip(ratio**-0.5, 0.1, 10)
+        return perturbation
+
+    def exchange_correlation(self, densities: Sequence[Array]) -> _Within:
+        """Evaluate all densities at once, so that the basis functions are evaluated only once."""
+        mol, numint = self.field.mol, self.field._numint
+        kind = numint._xc_type(self.field.xc)
+        energies = np.zeros(len(densities))
+        matrices = np.zeros((len(densities), mol.nao, mol.nao))
+        slopes = np.zeros((len(densities), self.fitting.nao))
+        for part, orbitals in orbitals_on_grid(self.field):
+            functions = self.fitting.eval_gto("GTOval_sph_deriv1", self.field.grids.coords[part])
+            for number, density in enumerate(densities):
+                rho = numint.eval_rho(mol, orbitals if kind != "LDA" else orbitals[0], density, xctype=kind, hermi=1)
+                energy, first, matrix = exchange_correlation(self.field, part, orbitals, rho)
+                energies[number] += energy
+                slopes[number] += np.einsum("xg,xgi->i", first, functions[: len(first)], optimize=True)
+                matrices[number] += matrix
+        return _Within(energies, matrices, slopes)
 
 
 @dataclass(frozen=True)
@@ -216,21 +258,3 @@ class _Within:
     energies: Array
     matrices: Array
     slopes: Array
-
-
-def _exchange_correlation(field: Any, fitting: Any, densities: Sequence[Array]) -> _Within:
-    """Evaluate all densities at once, so that the basis functions are evaluated only once."""
-    mol, numint = field.mol, field._numint
-    kind = numint._xc_type(field.xc)
-    energies = np.zeros(len(densities))
-    matrices = np.zeros((len(densities), mol.nao, mol.nao))
-    slopes = np.zeros((len(densities), fitting.nao))
-    for part, orbitals in orbitals_on_grid(field):
-        functions = fitting.eval_gto("GTOval_sph_deriv1", field.grids.coords[part])
-        for number, density in enumerate(densities):
-            rho = numint.eval_rho(mol, orbitals if kind != "LDA" else orbitals[0], density, xctype=kind, hermi=1)
-            energy, first, matrix = exchange_correlation(field, part, orbitals, rho)
-            energies[number] += energy
-            slopes[number] += np.einsum("xg,xgi->i", first, functions[: len(first)], optimize=True)
-            matrices[number] += matrix
-    return _Within(energies, matrices, slopes)
