@@ -81,7 +81,8 @@ def test_files(tmp_path) -> None:
         torch.testing.assert_close(getattr(read, name), tensor, rtol=1e-6, atol=1e-8)
     assert all(one.seconds == 0 for one in prepare_labels(both, chemistry, settings, tmp_path))
     content = bytearray(first[0].path.read_bytes())
-    content[len(content) // 2] ^= 1
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)  # more than a header, of which some bytes do not matter
     first[0].path.write_bytes(content)
     with pytest.raises(BrokenFileError, match="damaged"):
         files.read(first[0].path)
