@@ -37,7 +37,8 @@ class JIIO(Attack):
             steps, which saves one evaluation and the tests.
         start: the solver of the equilibria of the given images, from which the joint iteration starts; ``None``: it
             starts at the layers' initial states, as in the paper. Evaluations alone are cheap beside joint steps, the
-            first of which would have no state to differentiate at.
+            first of which would have no state to differentiate at. With Anderson's method as ``solver`` take ``None``:
+            a first step in which the states hardly move misleads it.
         solver: the solver of the joint iteration; ``None``: plain iteration. The problem is not convex, and Anderson's
             method finds other stationary points, which are weaker attacks.
     """

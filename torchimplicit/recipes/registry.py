@@ -86,6 +86,8 @@ RECIPES = {
         "Burgers' equation by a physics-informed equilibrium model: a minute on a CPU."),
     "physics-helmholtz": Entry("physics.solve_equation", "helmholtz", "",
         "Helmholtz' equation on a square by a physics-informed equilibrium model: a minute on a CPU."),
+    "physics-slowness": Entry("physics.solve_equation", "slowness", "",
+        "The slowness of a medium from waves measured in it, a field found with the waves: a minute on a CPU."),
     "physics-equation": Entry("physics.solve_equation", "own", "",
         "Your own equation, from a Python file; its unknown parameters are estimated with the solution."),
     "operator-darcy": Entry("physics.operator", "darcy", "RUNNER",

@@ -16,7 +16,7 @@ from rich.console import Console
 from torchimplicit.errors import ConvergenceWarning
 from torchimplicit.linear import Dense
 from torchimplicit.recipes.physics import solve_equation as runner
-from torchimplicit.recipes.physics.equations import EQUATIONS
+from torchimplicit.recipes.physics.equations import EQUATIONS, slowness
 from torchimplicit.recipes.physics.solve_equation import PhysicsConfig, problem_of
 from torchimplicit.recipes.runtime import optimize as keeper
 from torchimplicit.recipes.runtime.errors import UserError
@@ -36,9 +36,9 @@ def differences(equation, x, order, h=1e-3):
     return sum(share * differences(equation, x + k * step, order[1:], h) for k, share in shares.items()) / h
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("name", [*EQUATIONS, "slowness"])
 def test_the_trusted_solution_satisfies_the_equation(name):
-    equation = EQUATIONS[name]
+    equation = EQUATIONS[name] if name in EQUATIONS else slowness(noise=0.0)
     low, high = np.array(equation.low), np.array(equation.high)
     for condition in equation.stated(40, seed=0):
         x = condition.points.numpy()
@@ -52,7 +52,7 @@ def test_the_trusted_solution_satisfies_the_equation(name):
 
 
 @pytest.mark.parametrize("model", ["equilibrium", "network"])
-@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("name", [*EQUATIONS, "slowness"])
 def test_the_jacobian_is_that_of_the_residuals(name, model):
     config = replace(SMALL, equation=name, model=model)
     problem = problem_of(config)
@@ -66,6 +66,26 @@ def test_the_jacobian_is_that_of_the_residuals(name, model):
     residuals = problem.residuals(start)
     assert loss == pytest.approx(0.5 * residuals @ residuals)
     np.testing.assert_allclose(gradient, jacobian.T @ residuals, rtol=1e-6, atol=1e-9)
+
+
+def test_a_medium_is_found_from_the_waves_in_it():
+    problem = problem_of(PhysicsConfig(equation="slowness", points=200, iterations=20))
+
+    def step(weights, loss):
+        taken.append(loss)
+        if len(taken) == 20:
+            raise StopIteration  # which ends SciPy's loop
+        return 0.0
+
+    taken: list[float] = []
+    keeper.run(problem, "least-squares", 1e-2, 0.0, step)
+    grid = slowness().points()
+    *waves, medium = slowness().reference(grid).T
+    with torch.no_grad():
+        values = problem.model.field(torch.as_tensor(grid)).numpy().T
+    for wave, value in zip(waves, values[:2], strict=True):
+        assert np.linalg.norm(value - wave) < 0.02 * np.linalg.norm(wave)
+    assert np.linalg.norm(values[2] - medium) < 0.6 * np.linalg.norm(medium - 1)
 
 
 @pytest.mark.parametrize("optimizer", ["least-squares", "l-bfgs", "adam"])

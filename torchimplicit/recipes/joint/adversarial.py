@@ -494,7 +494,7 @@ def tuned(config: AttacksConfig, model: nn.Module, images: Tensor, labels: Tenso
         attacks[f"JIIO-{steps}"] = best(JIIO(model, steps=steps, **way, **settings) for way in ways)[1]
     steps = sorted(config.jiio_steps)[len(config.jiio_steps) // 2]
     accelerated = Anderson(memory=20, rtol=1e-3, max_steps=steps)
-    tried = (JIIO(model, steps=steps, solver=accelerated, **way, **settings) for way in ways)
+    tried = (JIIO(model, steps=steps, start=None, solver=accelerated, **way, **settings) for way in ways)
     attacks[f"JIIO-{steps}, Anderson"] = best(tried)[1]
     return attacks
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from torchimplicit.models.physics_informed import Field
-from torchimplicit.recipes.physics.equations import EQUATIONS, INVERSE, inverse
+from torchimplicit.recipes.physics.equations import EQUATIONS, FIELDS, INVERSE, inverse
 from torchimplicit.recipes.physics.statement import Equation
 from torchimplicit.recipes.runtime.errors import UserError
 
@@ -41,11 +41,13 @@ def given(equation: str) -> Given:
         return Given(EQUATIONS[equation])
     if equation in INVERSE:
         return Given(inverse(*INVERSE[equation]))
+    if equation in FIELDS:
+        return Given(FIELDS[equation]())
     path = Path(equation)
     if path.suffix != ".py":
         raise UserError(
-            f"--equation takes one of {', '.join((*EQUATIONS, *INVERSE))}, or a Python file that defines 'equation', "
-            f"and it is '{equation}'"
+            f"--equation takes one of {', '.join((*EQUATIONS, *INVERSE, *FIELDS))}, or a Python file that defines "
+            f"'equation', and it is '{equation}'"
         )
     try:
         content = path.read_bytes()

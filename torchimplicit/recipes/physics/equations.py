@@ -228,3 +228,83 @@ INVERSE = {
 """Equations with an unknown parameter, by name: the parameter, and the noise in percent. The oscillator's initial state
 is not given, and only one of its components is measured. For Burgers' equation the logarithm of the viscosity is
 estimated, which keeps it positive."""
+
+
+# -- A field unknown, as an output of its own that no value is given of ------------------------------------------------
+
+
+WAVE_NUMBER = 4.0
+MODES = 36
+"""Chebyshev polynomials along each coordinate; 44 change the waves by 1e-8."""
+
+
+def squared_slowness(x: Any, y: Any) -> Any:
+    """The medium, relative to the one around it: two round inclusions, one slow and one fast."""
+    e = torch.exp if isinstance(x, Tensor) else np.exp
+    return 1 + 0.5 * e(-((x - 0.3) ** 2 + (y - 0.2) ** 2) / 0.08) - 0.4 * e(-((x + 0.4) ** 2 + (y + 0.3) ** 2) / 0.1)
+
+
+def _incoming(of: Any, x: Any, y: Any) -> list[Any]:
+    return [of(WAVE_NUMBER * x), of(WAVE_NUMBER * y)]
+
+
+@cache
+def _waves_in(modes: int = MODES) -> Array:
+    """Chebyshev coefficients ``[2, modes, modes]`` of the waves in the medium that equal two plane ones on the
+    boundary, by collocation."""
+    from numpy.polynomial import chebyshev
+
+    nodes = np.cos(np.pi * np.arange(modes) / (modes - 1))
+    values = chebyshev.chebvander(nodes, modes - 1)
+    second = chebyshev.chebvander(nodes, modes - 3) @ chebyshev.chebder(np.eye(modes), 2)
+    x, y = (grid.ravel() for grid in np.meshgrid(nodes, nodes, indexing="ij"))
+    inside = np.maximum(abs(x), abs(y)) < 1 - 1e-12
+    at = np.kron(values, values)
+    laplacian = np.kron(second, values) + np.kron(values, second)
+    medium = WAVE_NUMBER**2 * squared_slowness(x, y)
+    matrix = np.where(inside[:, None], laplacian + medium[:, None] * at, at)
+    right = np.where(inside, 0, _incoming(np.cos, x, y))
+    return np.asarray(np.linalg.solve(matrix, right.T).T.reshape(2, modes, modes))
+
+
+def waves(x: Array, y: Array) -> list[Array]:
+    """The two waves and the squared slowness at points."""
+    from numpy.polynomial import chebyshev
+
+    return [*(chebyshev.chebval2d(x, y, of) for of in _waves_in()), squared_slowness(x, y)]
+
+
+@cache
+def slowness(noise: float = 0.01) -> Equation:
+    """The squared slowness m of a medium, from two waves of one frequency: :math:`\\Delta u+k^2mu=0`, k = 4.
+
+    The waves are measured at 200 points, with this relative noise, and known on the boundary; m is an output of the
+    field as they are, of which nothing is known but the equation.
+    """
+    box = (-1.0, 1.0)
+
+    def incoming(p: At) -> list[Tensor]:
+        return [wave - right for wave, right in zip((p.u, p.v), _incoming(torch.cos, p.x, p.y), strict=True)]
+
+    points = scattered(200, (-1.0, -1.0), (1.0, 1.0), seed=HELD_OUT - 1)
+    *measured, _ = (torch.from_numpy(wave) for wave in waves(*points.numpy().T))
+    deviation = noise * float(torch.stack(measured).std())
+    return Equation(
+        title="A medium from the waves in it",
+        inputs={"x": box, "y": box},
+        outputs=("u", "v", "m"),
+        inside=lambda p: [
+            d_xx + d_yy + WAVE_NUMBER**2 * p.m * d for d, d_xx, d_yy in ((p.u, p.u_xx, p.u_yy), (p.v, p.v_xx, p.v_yy))
+        ],
+        conditions=(
+            *(Condition(incoming, at={name: end}, dense=1.5) for name in ("x", "y") for end in box),
+            Measured(points, dict(zip(("u", "v"), measured, strict=True)), weight=10.0, noise=deviation),
+        ),
+        weight=0.1,
+        trusted=waves,
+        source=f"Chebyshev collocation with {MODES} polynomials along each coordinate",
+    )
+
+
+FIELDS: dict[str, Callable[[], Equation]] = {"slowness": slowness}
+"""Equations in which a field is unknown, by name."""

@@ -34,7 +34,7 @@ class PhysicsConfig:
     """Solve a differential equation with an equilibrium model or a plain network, from the equation alone."""
 
     equation: str = "van-der-pol"
-    """van-der-pol, four-tanks, burgers or helmholtz; or a Python file that defines 'equation'."""
+    """van-der-pol, four-tanks, burgers, helmholtz or slowness; or a Python file that defines 'equation'."""
 
     model: Literal["equilibrium", "network", "own"] = "equilibrium"
     """equilibrium: z = tanh(Ax + Bz + b) with a linear head. network: a tanh perceptron. own: the result of 'field' in
@@ -116,6 +116,11 @@ def burgers() -> PhysicsConfig:
 def helmholtz() -> PhysicsConfig:
     """Helmholtz' equation on the square: half a minute on one core."""
     return PhysicsConfig(equation="helmholtz", points=300)
+
+
+def slowness() -> PhysicsConfig:
+    """Helmholtz' equation inverted: a medium's squared slowness from two waves in it, half a minute on one core."""
+    return PhysicsConfig(equation="slowness", points=400)
 
 
 def own() -> PhysicsConfig:
