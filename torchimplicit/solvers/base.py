@@ -13,11 +13,10 @@ from torch.utils import _pytree as pytree
 
 from torchimplicit.errors import UnsupportedDerivativeError
 from torchimplicit.linear import LinearOperator
-from torchimplicit.precision import default_rtol
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.problems.system import explained, vjp
-from torchimplicit.solvers.tolerance import Judge, Tolerance, check_tolerance, least
+from torchimplicit.solvers.tolerance import Judge, Tolerance, check_tolerance
 from torchimplicit.validation import check_count, check_counts
 
 
@@ -328,7 +327,3 @@ class Solver(ABC):
             f"{type(self).__name__} did not converge: {summary}. The {which} iterate is returned. Allow more "
             "max_steps, loosen rtol or atol, or try another solver"
         )
-
-    def relative_tolerance(self, dtype: torch.dtype) -> float:
-        """``rtol``, or its default for states of ``dtype``; the smallest one of a pytree."""
-        return default_rtol(dtype) if self.rtol is None else least(self.rtol)

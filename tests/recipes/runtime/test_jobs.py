@@ -25,7 +25,7 @@ from torchimplicit.recipes.phantom.demo import DigitsConfig
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import terminated_like_interrupted
-from torchimplicit.recipes.runtime.jobs import command, load_record, run_all, write
+from torchimplicit.recipes.runtime.jobs import command, run_all, write
 from torchimplicit.recipes.runtime.page import axes
 from torchimplicit.recipes.runtime.run import Run
 from torchimplicit.recipes.runtime.table import (
@@ -106,10 +106,10 @@ def test_a_table_from_its_runs_to_its_record(tmp_path, capsys):
     argv = ["reproduce", "toy", "--output", str(output), "--record", str(records)]
     assert cli.main(argv) == 0, capsys.readouterr().err
     run = Run(output)
-    record = load_record(run)
-    assert set(record.runs) == {"digits-0", "digits-1"}
-    assert record.command == "torchimplicit reproduce toy"
-    assert record.seconds > 0
+    record = run.read_json("record.json")
+    assert set(record["runs"]) == {"digits-0", "digits-1"}
+    assert record["command"] == "torchimplicit reproduce toy"
+    assert record["seconds"] > 0
     assert "<svg" in (output / "index.html").read_text(encoding="utf-8")
     assert (records / "toy" / "record.json").is_file()
     assert (records / "toy" / "accuracy.png").is_file()

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torchimplicit.recipes.runtime.files import replacing, say_once, sum_of
 from torchimplicit.recipes.runtime.markdown import record_readme
 from torchimplicit.recipes.runtime.page import record_page, saved, styled
 from torchimplicit.recipes.runtime.run import Environment, Run, RunOptions, create
-from torchimplicit.recipes.runtime.settings import from_plain, to_plain
+from torchimplicit.recipes.runtime.settings import to_plain
 from torchimplicit.recipes.runtime.table import Job, Picture, Plan, Published, Record
 
 POLL = 1.0
@@ -352,11 +351,3 @@ def _word(key: str, value: Any) -> str:
 def _device(config: Any) -> torch.device:
     wanted = getattr(getattr(config, "machine", None), "device", "auto")
     return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
-
-
-def load_record(run: Run) -> Record:
-    """The record that a run has written."""
-    plain = run.read_json("record.json")
-    return replace(
-        from_plain(Record, {**plain, "settings": {}, "runs": {}}), settings=plain["settings"], runs=plain["runs"]
-    )
