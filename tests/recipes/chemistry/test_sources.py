@@ -55,7 +55,7 @@ def test_numbers_and_small_letters_name_elements_too():
         ("2\n\nH 0 0 0\nH 0 0 1e999\n", "line 4: the coordinate 1e999 is not finite"),
         ("2\n\nH 0 0 0\nH 0 0 .7\n2\n\nH 0 0 0\nH 0 0 .8\n", "line 5: there is more after the 2 atoms"),
         ("2\n\nH 0 0 0\nH 0 0 .2\n", r"f.xyz: f: atoms 1 \(H\) and 2 \(H\) are 0.200 angstrom apart"),
-        ("2\n\nO 0 0 0\nH 0 0 1\n", "f.xyz: f with charge .* open shell"),
+        ("2\n\nO 0 0 0\nH 0 0 1\n", "f.xyz: f has 9 electrons.* open shell"),
     ],
 )
 def test_bad_files_are_refused_with_the_line(text, said):

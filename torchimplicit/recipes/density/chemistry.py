@@ -100,12 +100,13 @@ class Geometry:
             raise UserError(f"{self.name} has {len(self.charges)} elements and {len(self.positions)} positions")
         self._check_elements()
         self._check_positions()
+        who = f"{self.name} with charge {self.charge:+d}" if self.charge else self.name
         if self.electrons < 1:
-            raise UserError(f"{self.name} with charge {self.charge:+d} has no electrons left: no density to speak of")
+            raise UserError(f"{who} has no electrons left: no density to speak of")
         if self.electrons % 2:
             raise UserError(
-                f"{self.name} with charge {self.charge:+d} has {self.electrons} electrons, an odd number: a radical "
-                "has an open shell, and only closed shells are supported; an ion needs its --charge"
+                f"{who} has {self.electrons} electrons, an odd number: a radical has an open shell, and only closed "
+                "shells are supported; an ion needs its --charge"
             )
 
     @property
