@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ pytest.importorskip("submitit")
 pytest.importorskip("tyro")
 pytest.importorskip("numpy")
 
+from tests.conftest import H2
 from torchimplicit.diagnostics import curvature
 from torchimplicit.gradients import Implicit
 from torchimplicit.linear import Dense
@@ -48,7 +48,6 @@ SMALL = MoleculeGradientsConfig(
     descent_steps=200,
     repeats=1,
 )
-H2 = Path(__file__).parents[1] / "data" / "h2.npz"
 
 
 @pytest.fixture(autouse=True)

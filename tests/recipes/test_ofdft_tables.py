@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("scipy")
 
 from rich.console import Console
+from running import run_jobs
 
+from tests.conftest import H2
 from torchimplicit.recipes.density import finetuning, gradients, molecules, single, stability, storage
 from torchimplicit.recipes.density.chemistry import distorted, named
 from torchimplicit.recipes.density.results import ratio, seconds_to, shown, told
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.registry import runner
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.jobs import prepare
 from torchimplicit.recipes.runtime.table import Plan, Runs
-
-H2 = Path(__file__).parents[1] / "data" / "h2.npz"
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +32,6 @@ def folder(tmp_path_factory):
     for geometry in (middle, *(distorted(middle, 0.04, 0, copy) for copy in (1, 2, 3))):
         storage.write(made / storage.file_name(geometry, asked), replace(record, geometry=geometry))
     return made
-
-
-def run_all(jobs, where):
-    """The runs of the jobs, by their names."""
-    runs = {}
-    for job in jobs:
-        runs[job.name] = prepare(job, where)
-        assert runner(job.recipe).train(job.config, runs[job.name], Console(quiet=True))
-        runs[job.name].mark("complete")
-    return runs
 
 
 def well_formed(summary, runs):
@@ -61,7 +49,7 @@ def test_one_molecule(folder, tmp_path):
         plan=Plan(seeds=1), molecule="H2", optimizers=("l-bfgs",), l_bfgs_iterations=1, grid=1, data_dir=folder
     )
     config = replace(config, estimators=("implicit", "eqprop"))
-    runs = run_all(single.jobs(config), tmp_path)
+    runs = run_jobs(single.jobs(config), tmp_path)
     summary = single.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert [drawing.name for drawing in summary.drawings] == ["loss", "line"]
@@ -98,7 +86,7 @@ def test_several_molecules(folder, tmp_path):
         data_dir=folder,
     )
     molecules.TABLE.check(config)
-    runs = run_all(molecules.jobs(config), tmp_path)
+    runs = run_jobs(molecules.jobs(config), tmp_path)
     summary = molecules.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert len(summary.claims) == 5
@@ -120,7 +108,7 @@ def test_inner_iterations(folder, tmp_path):
         grid=1,
         data_dir=folder,
     )
-    runs = run_all(stability.jobs(config), tmp_path)
+    runs = run_jobs(stability.jobs(config), tmp_path)
     summary = stability.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert len(summary.claims) == 5
@@ -201,7 +189,7 @@ def test_pretrained_and_fine_tuned(folder, tmp_path):
         descent_steps=300,
         check_grid=1,
     )
-    runs = run_all(finetuning.jobs(config), tmp_path)
+    runs = run_jobs(finetuning.jobs(config), tmp_path)
     summary = finetuning.TABLE.summarize(config, runs)
     well_formed(summary, runs)
     assert [len(one.table.rows) for one in summary.sheets] == [2 + 2, 6, 4]

@@ -13,6 +13,7 @@ pytest.importorskip("lightning")
 
 from rich.console import Console
 
+from tests.conftest import H2
 from torchimplicit.diagnostics import curvature
 from torchimplicit.models.orbital_free.on_grid import OnGrid
 from torchimplicit.recipes.density import split as data
@@ -36,8 +37,6 @@ SETTINGS = ChemistrySettings(grid=1)
 @pytest.fixture
 def folder(tmp_path, h2):
     """With hydrogen's data file, so that nothing has to be computed."""
-    from tests.conftest import H2
-
     path = tmp_path / "molecules"
     path.mkdir()
     shutil.copy(H2, path / storage.file_name(HYDROGEN, SETTINGS))
@@ -231,8 +230,6 @@ def test_quality(coarse):
 def test_a_finer_grid_is_looked_at_too(h2):
     """A functional whose minimum is the same there is as good; one whose is not, is not better than its guess."""
     pytest.importorskip("pyscf")
-    from tests.conftest import H2
-
     config = settings(check_grid=2)
     found = quality(Case.of(h2), fitted(h2, config), config, file=H2)
     assert found.finer is not None

@@ -1,9 +1,8 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).parents[2] / "data" / "h2.npz"
+from tests.conftest import H2
 
 pytest.importorskip("numpy")
 pytest.importorskip("scipy")
@@ -14,7 +13,7 @@ def record():
     """The record of the hydrogen molecule, as PySCF computed it."""
     from torchimplicit.recipes.density.storage import read
 
-    return read(DATA)
+    return read(H2)
 
 
 @pytest.fixture

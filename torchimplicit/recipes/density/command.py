@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -131,25 +132,7 @@ class Molecules:
 
 @contextmanager
 def _shown(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
-    """Show a progress bar on a terminal, a line per molecule elsewhere; notes in either."""
-    done = 0
-
-    def told(outcome: Outcome) -> str:
-        if outcome.path is None:
-            return f"failed: {outcome.reason}"
-        return f"{outcome.seconds:.1f} s" if outcome.seconds else "was there"
-
-    if not console.is_terminal:
-
-        def line(outcome: Outcome) -> None:
-            nonlocal done
-            done += 1
-            note = f" ({outcome.note})" if outcome.note else ""
-            text = f"{done}/{total}  {outcome.geometry.name}  {told(outcome)}{note}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-        yield line
-        return
+    """Show a progress bar on a terminal, a line per molecule elsewhere; failures and notes in either."""
     columns = (
         TextColumn("[bold]Molecules"),
         BarColumn(bar_width=None),
@@ -160,13 +143,18 @@ def _shown(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[last]}"),
     )
-    with Progress(*columns, console=console, expand=True) as bar:
-        task = bar.add_task("molecules", total=total, last="")
+    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
+        task, done = bar.add_task("molecules", total=total, last=""), count(1)
 
-        def count(outcome: Outcome) -> None:
+        def watch(outcome: Outcome) -> None:
             bar.update(task, advance=1, last=outcome.geometry.name)
-            if outcome.note or outcome.path is None:
-                text = f"{outcome.geometry.name}: {outcome.note or told(outcome)}"
-                bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            number = next(done)
+            if console.is_terminal and outcome.path is not None and not outcome.note:
+                return
+            came = f"{outcome.seconds:.1f} s" if outcome.seconds else "was there"
+            came = f"failed: {outcome.reason}" if outcome.path is None else came
+            note = f" ({outcome.note})" if outcome.note else ""
+            text = f"{number}/{total}  {outcome.geometry.name}  {came}{note}"
+            bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        yield count
+        yield watch

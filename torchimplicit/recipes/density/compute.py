@@ -112,7 +112,7 @@ def kohn_sham(mol: Any, settings: ChemistrySettings, guess: Array) -> Any:
     if not field.converged:
         raise NotComputedError(
             f"the Kohn-Sham iteration did not converge to {settings.scf_tolerance:g} hartree in {settings.scf_cycles} "
-            "cycles"
+            "cycles; allow it more --scf-cycles, or look at the geometry"
         )
     return field
 
