@@ -342,7 +342,7 @@ def ahead(runs: Runs, other: str) -> Claim:
     return Claim(
         f"Gauss–Newton reaches a lower training loss than {ROWS[other].label} in the same time, with every seed",
         f"10³ times the loss: {words or 'no seed of both'}",
-        bool(pairs) and all(a < b for a, b in pairs),
+        all(a < b for a, b in pairs) if pairs else None,
     )
 
 
@@ -354,7 +354,7 @@ def learned(runs: Runs, whole: str, linear: str) -> Claim:
         f"{ROWS[whole].label}: the learned factor lowers the test molecules' L below that of linear terms alone, "
         "trained likewise, with every seed",
         f"10³ L: {words or 'no seed of both'}",
-        bool(pairs) and all(a < b for a, b in pairs),
+        all(a < b for a, b in pairs) if pairs else None,
     )
 
 

@@ -379,9 +379,9 @@ def helps(row: Row, pairs: list[tuple[Line, Line]]) -> Claim:
         "as much (mean of the seeds)",
         f"{times(map(slowdown, plain))} without, {times(map(slowdown, helped))} with; least eigenvalue "
         f"{soft(plain)} and {soft(helped)}; loss {losses[0]} and {losses[1]} of its start",
-        None
-        if before <= SLOWED_AT_ALL
-        else math.isfinite(after) and (not math.isfinite(before) or after - 1 <= HELPED * (before - 1)),
+        math.isfinite(after) and (not math.isfinite(before) or after - 1 <= HELPED * (before - 1))
+        if before > SLOWED_AT_ALL
+        else None,
     )
 
 
