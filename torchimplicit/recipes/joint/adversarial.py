@@ -782,7 +782,7 @@ def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
         )
     yield (
         "PGD whose steps are longer than the radius jumps from boundary to boundary, and where the ball is small is "
-        "close to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains little "
+        "close to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains less "
         "time or none, as the claims on the fastest PGD say."
     )
 
