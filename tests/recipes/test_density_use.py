@@ -14,6 +14,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("pyscf")
 
 from rich.console import Console
+from running import trained
 
 from tests.conftest import H2
 from torchimplicit.models.orbital_free import Domain, NetworkConfig, OrbitalFree
@@ -56,9 +57,7 @@ def run(tmp_path_factory):
         page=False,
         check_grid=0,
     )
-    run = create("ofdft-one", RunOptions(output=where / "run"))
-    run.describe("ofdft-one", config)
-    assert runner.train(config, run, Console(quiet=True))
+    run = trained("ofdft-one", config, where / "run")
     run.mark("complete")
     return run
 

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("lightning")
 
 from rich.console import Console
+from running import trained
 
 from tests.conftest import H2
 from torchimplicit.diagnostics import curvature
@@ -264,17 +265,15 @@ def test_the_functional_is_that_of_the_labels():
 
 
 def begun(path, config) -> Run:
-    run = create("ofdft-single", RunOptions(output=path))
-    run.describe("ofdft-single", config)
+    run = create("ofdft-small", RunOptions(output=path))
+    run.describe("ofdft-small", config)
     return run
 
 
 @pytest.mark.parametrize("optimizer", ["least-squares", "l-bfgs", "adam"])
 def test_training_lowers_the_loss(tmp_path, folder, optimizer):
     config = settings(folder, optimizer=optimizer, iterations=4, pairs=False, spectrum=optimizer == "adam")
-    runner.check(config)
-    run = begun(tmp_path / "run", config)
-    assert runner.train(config, run, Console(quiet=True))
+    run = trained("ofdft-small", config, tmp_path / "run")
     results = run.read_json("results.json")
     assert results["state"] == "complete"
     assert results["looks"][-1]["loss"] < results["looks"][0]["loss"]
@@ -323,8 +322,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, folder, monkeypatch):
 
 def test_the_page_shows_lines_and_planes(tmp_path, folder):
     config = settings(folder, iterations=1, page=True, spectrum=True)
-    run = begun(tmp_path / "run", config)
-    assert runner.train(config, run, Console(quiet=True))
+    run = trained("ofdft-small", config, tmp_path / "run")
     assert {path.stem for path in (run.path / "figures").glob("*.png")} == {"line", "plane", "training", "inner"}
     page = (run.path / "index.html").read_text(encoding="utf-8")
     assert "<svg" in page

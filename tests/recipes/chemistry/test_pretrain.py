@@ -15,10 +15,11 @@ pytest.importorskip("lightning")
 pytest.importorskip("tyro")
 
 from rich.console import Console
+from running import trained
 
 from torchimplicit import cli
 from torchimplicit.models.orbital_free import OrbitalFree
-from torchimplicit.recipes.density import finetune, pretrain, storage
+from torchimplicit.recipes.density import pretrain, storage
 from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.examples import slopes_of
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining, Stepping
@@ -65,17 +66,10 @@ def settings(folder: Path, kind: str, **more: object) -> Pretraining:
     return replace(made, **more)
 
 
-def begun(recipe: str, place: Path, config: object) -> Run:
-    run = create(recipe, RunOptions(output=place))
-    run.describe(recipe, config)
-    return run
-
-
 @pytest.mark.parametrize("kind", ["potential", "functional", "density"])
 def test_it_learns(folder, tmp_path, kind) -> None:
     config = replace(settings(folder, kind), page=kind == "potential")
-    run = begun("pretrain", tmp_path / "run", config)
-    assert pretrain.train(config, run, CONSOLE)
+    run = trained("pretrain", config, tmp_path / "run")
     results = json.loads((run.path / "results.json").read_text())
     losses = [glance["figures"]["L"] for glance in results["course"]["glances"]]
     assert len(losses) == 4
@@ -141,8 +135,11 @@ def test_the_slope_that_is_wanted_is_the_energy_s(folder) -> None:
 
 def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:
     config = settings(folder, "functional")
-    whole, cut = (begun("pretrain", tmp_path / name, config) for name in ("whole", "cut"))
-    pretrain.train(config, whole, CONSOLE)
+    whole, cut = (
+        trained("pretrain", config, tmp_path / "whole"),
+        create("pretrain", RunOptions(output=tmp_path / "cut")),
+    )
+    cut.describe("pretrain", config)
     files, _ = located(config.molecules)
     functional, examples, held = pretrain.started(config, files, CONSOLE)
     stepper = pretrain.stepper_of(config, functional.network, examples, held)
@@ -165,9 +162,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path) -> None:
 @pytest.fixture(scope="module")
 def potential(folder, tmp_path_factory) -> Run:
     config = settings(folder, "potential", stepping=Stepping(steps=5, batch=2, measure_every=5))
-    run = begun("pretrain", tmp_path_factory.mktemp("runs") / "potential", config)
-    pretrain.train(config, run, CONSOLE)
-    return run
+    return trained("pretrain", config, tmp_path_factory.mktemp("runs") / "potential")
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "eqprop", "damped"])
@@ -179,8 +174,7 @@ def test_fine_tuning_lowers_the_loss(potential, tmp_path, gradient) -> None:
         check_grid=0,
         page=gradient == "implicit",
     )
-    run = begun("finetune", tmp_path / "run", config)
-    assert finetune.train(config, run, CONSOLE)
+    run = trained("finetune", config, tmp_path / "run")
     results = json.loads((run.path / "results.json").read_text())
     before = sum(one["loss"] for one in results["before_train"])
     after = sum(one["loss"] for one in results["train"])

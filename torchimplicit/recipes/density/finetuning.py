@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchimplicit.recipes.density.learning_settings import Finetuning, Kind, Pretraining, Schooling, Stepping
-from torchimplicit.recipes.density.results import PRECISION, cell, labelled, missing, shown, summary, told
+from torchimplicit.recipes.density.results import PRECISION, cell, draw_seeds, labelled, missing, shown, summary, told
 from torchimplicit.recipes.density.settings import Molecules
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.settings import different, known_rows, positive
@@ -491,7 +491,7 @@ def notes(config: FinetuneConfig, runs: Runs) -> Iterator[str]:
 
 def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
     """The validation molecules during fine-tuning."""
-    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes, legend_beside
+    from torchimplicit.recipes.runtime.page import COLOURS, axes, legend_beside
 
     kinds = [kind for kind in config.kinds if kind != "density" and _lines(runs, kind, "")]
     if not kinds:
@@ -499,16 +499,8 @@ def drawings(config: FinetuneConfig, runs: Runs, folders: Mapping[str, Run]) -> 
     figure, panels = axes(len(kinds), width=4.6, height=3.6)
     for panel, kind in zip(panels, kinds, strict=True):
         for index, way in enumerate(config.rows):
-            for number, line in enumerate(_lines(runs, kind, way)):
-                glances = [one for one in line[f"{_key(way)}.glances"] if "L" in one and not math.isnan(one["L"])]
-                panel.plot(
-                    [one["step"] for one in glances],
-                    [one["L"] for one in glances],
-                    color=COLOURS[index % len(COLOURS)],
-                    linestyle=LINES[number % len(LINES)],
-                    linewidth=1.2,
-                    label=None if number else WAYS[way].label,
-                )
+            done, colour = Runs(_lines(runs, kind, way)), COLOURS[index % len(COLOURS)]
+            draw_seeds(panel, done, f"{_key(way)}.glances", "step", "L", WAYS[way].label, color=colour)
         panel.set(title=KINDS[kind], xlabel="step", ylabel="10³ L, validation molecules")
     legend_beside(panels[-1])
     yield CaptionedFigure(

@@ -14,6 +14,7 @@ from torchimplicit.recipes.density.results import (
     INNER_STEPS,
     PRECISION,
     cell,
+    draw_seeds,
     labelled,
     missing,
     ratio,
@@ -441,20 +442,13 @@ def drawings(config: MoleculesConfig, runs: Runs, folders: Mapping[str, Run]) ->
 
 def along(runs: Runs, rows: list[str]) -> Figure:
     """The figure, in two panels with a line per run."""
-    from torchimplicit.recipes.runtime.page import COLOURS, LINES, axes, legend_beside
+    from torchimplicit.recipes.runtime.page import COLOURS, axes, legend_beside
 
     figure, panels = axes(2, width=4.9, height=3.9)
     for panel, what, label in zip(panels, ("loss", "l1"), ("L", "L1 per electron"), strict=True):
         for index, name in enumerate(rows):
-            for number, line in enumerate(runs.where(row=name)):
-                panel.plot(
-                    [look["seconds"] for look in line["looks"]],
-                    [look[what] for look in line["looks"]],
-                    color=COLOURS[index % len(COLOURS)],
-                    linestyle=LINES[number % len(LINES)],
-                    linewidth=1.2,
-                    label=None if number else ROWS[name].label,
-                )
+            colour = COLOURS[index % len(COLOURS)]
+            draw_seeds(panel, runs.where(row=name), "looks", "seconds", what, ROWS[name].label, color=colour)
         first = runs.where(row=rows[0])[0]["looks"][0]
         panel.axhline(first[f"guess_{what}"], color="0.5", linestyle=":", linewidth=1)
         panel.set(xlabel="seconds of the processor's time", ylabel=label, yscale="log")

@@ -15,6 +15,8 @@ from torchimplicit.recipes.runtime.settings import from_plain
 from torchimplicit.recipes.runtime.table import NONE, Line, Runs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from torchimplicit.recipes.runtime.run import Run
 
 R = TypeVar("R")
@@ -143,3 +145,18 @@ def missing(asked: int, runs: Runs) -> Iterator[str]:
     """The note about requested runs that are missing."""
     if len(runs) < asked:
         yield f"{asked - len(runs)} of {asked} runs are missing or diverged."
+
+
+def draw_seeds(panel: Axes, runs: Runs, path: str, x: str, y: str, label: str, **look: Any) -> None:
+    """A line for every run, the seeds told apart by their dashes: of the entries at a path, one figure over another."""
+    from torchimplicit.recipes.runtime.page import LINES
+
+    for number, line in enumerate(runs):
+        entries = [one for one in line[path] if one.get(y) is not None]
+        panel.plot(
+            [one[x] for one in entries],
+            [one[y] for one in entries],
+            linestyle=LINES[number % len(LINES)],
+            label=None if number else label,
+            **{"linewidth": 1.2, **look},
+        )

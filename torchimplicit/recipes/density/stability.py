@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchimplicit.recipes.density import results
-from torchimplicit.recipes.density.results import cell, labelled, lowered, mean, missing, shown, there, told
+from torchimplicit.recipes.density.results import cell, draw_seeds, labelled, lowered, mean, missing, shown, there, told
 from torchimplicit.recipes.density.settings import MoleculeFiles, OrbitalFreeTraining
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
@@ -505,21 +505,17 @@ def by_eigenvalue(runs: Runs, rows: list[str]) -> Figure:
 
 def along_training(runs: Runs, rows: list[str]) -> Figure:
     """Steps and spectra during training, a line per run."""
-    from torchimplicit.recipes.runtime.page import LINES, axes, legend_beside
+    from torchimplicit.recipes.runtime.page import axes, legend_beside
 
     figure, panels = axes(3, width=4.0, height=3.6)
     for place, row in enumerate(rows):
-        for number, line in enumerate(runs.where(row=row)):
-            for panel, what in zip(panels, ("mean_steps", "least", "largest"), strict=True):
-                panel.plot(
-                    [look["iteration"] for look in line["looks"]],
-                    [look[what] for look in line["looks"]],
-                    linestyle=LINES[number % len(LINES)],
-                    markersize=3.5,
-                    linewidth=1.0 + 1.2 * (len(rows) - 1 - place),  # likewise
-                    label=None if number else ROWS[row].help.label,
-                    **look_of(row),
-                )
+        thick = {
+            "markersize": 3.5,
+            "linewidth": 1.0 + 0.45 * (len(rows) - 1 - place),
+        }  # rows that coincide are all seen
+        for panel, what in zip(panels, ("mean_steps", "least", "largest"), strict=True):
+            look = {**look_of(row), **thick}
+            draw_seeds(panel, runs.where(row=row), "looks", "iteration", what, ROWS[row].help.label, **look)
     for panel, title in zip(panels, ("steps", "least eigenvalue, hartree", "largest, hartree"), strict=True):
         panel.set(xlabel="iteration", title=title)
         low, high = panel.dataLim.y0, panel.dataLim.y1
