@@ -12,6 +12,7 @@ from torchimplicit.models.decoders import (
 from torchimplicit.models.deq_transformer import (
     DEQTransformer,
     DEQTransformerConfig,
+    ExplicitTransformer,
     deq_transformer_small,
     deq_transformer_wikitext103,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "EquilibriumDecoder",
     "EquilibriumField",
     "ExplicitRepresentation",
+    "ExplicitTransformer",
     "Field",
     "ForwardBackward",
     "GaborFilter",

@@ -8,6 +8,8 @@ from torchimplicit.models.deq_transformer.config import (
     deq_transformer_wikitext103,
 )
 from torchimplicit.models.deq_transformer.embedding import AdaptiveEmbedding, AdaptiveSoftmax
+from torchimplicit.models.deq_transformer.explicit import ExplicitTransformer
+from torchimplicit.models.deq_transformer.language_model import LanguageModel
 from torchimplicit.models.deq_transformer.model import DEQTransformer
 
 __all__ = [
@@ -16,7 +18,9 @@ __all__ = [
     "DEQTransformer",
     "DEQTransformerConfig",
     "DecoderCell",
+    "ExplicitTransformer",
     "Injection",
+    "LanguageModel",
     "Memory",
     "RelativeAttention",
     "deq_transformer_small",

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from torchimplicit.diagnostics import spectral_radius
+from torchimplicit.gradients import Unrolled
 from torchimplicit.models import (
     DEQTransformer,
     DEQTransformerConfig,
+    ExplicitTransformer,
     deq_transformer_small,
     deq_transformer_wikitext103,
 )
-from torchimplicit.models.deq_transformer import Memory
+from torchimplicit.models.deq_transformer import Injection, LanguageModel, Memory
+from torchimplicit.nn import LearnedStart
 from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.phantom import language_data as wikitext
 from torchimplicit.recipes.phantom.language_data import Segment, Stream, Text, read, sources, tokenizer
@@ -31,8 +35,9 @@ from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimiza
 from torchimplicit.recipes.runtime.step_cost import StepCost, in_turn, one_step
 from torchimplicit.recipes.runtime.task import Metric, Shard, Split, Task, generator, gradient, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
-from torchimplicit.regularizers import jacobian_frobenius
+from torchimplicit.regularizers import consistency, jacobian_frobenius
 from torchimplicit.solution import Solution
+from torchimplicit.solvers import FixedPointIteration
 from torchimplicit.state import detached
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -122,9 +127,29 @@ class LanguageConfig:
     weight_norm: bool = False
     """Apply weight normalization in the layer."""
 
+    architecture: Literal["equilibrium", "looped", "stack"] = "equilibrium"
+    """equilibrium: the fixed point of one layer. looped: the layer applied --depth times. stack: --depth layers with
+    weights of their own. The latter two are differentiated through all their applications, whatever --gradient is."""
+
+    depth: int = 8
+    """Number of applications or layers of an explicit --architecture."""
+
+    learned_start: bool = False
+    """Begin the solves at a state that a small network predicts from the words, trained on the solutions."""
+
+    consistency_weight: float = 0.0
+    """Weight of the consistency loss, which asks the layer to reach the fixed point from the solver's iterates in one
+    step."""
+
     def __post_init__(self) -> None:
-        positive(self, "segment_length", "context_length", "validation_tokens", "test_tokens")
-        not_negative(self, "memory_length")
+        positive(self, "segment_length", "context_length", "validation_tokens", "test_tokens", "depth")
+        not_negative(self, "memory_length", "consistency_weight")
+        solved = {"--learned-start": self.learned_start, "--consistency-weight": self.consistency_weight}
+        for name, value in solved.items():
+            if value and self.architecture != "equilibrium":
+                raise UserError(f"{name} needs a solve: it goes with --architecture equilibrium alone")
+        if self.equilibria.jacobian_weight and self.architecture == "stack":
+            raise UserError("--jacobian-weight needs one layer's Jacobian: it does not go with --architecture stack")
         if self.segment_length + self.memory_length > self.context_length:
             raise UserError(
                 f"{option('segment_length')} {self.segment_length} and {option('memory_length')} {self.memory_length} "
@@ -193,6 +218,35 @@ def _with_model(model: DEQTransformerConfig, vocabulary: int | None = 10000, **s
 _ARCHIVES = {"wikitext-2": wikitext.WIKITEXT2, "wikitext-103": wikitext.WIKITEXT103}
 
 
+def made(config: LanguageConfig, vocabulary: int) -> LanguageModel:
+    """The model of the settings, with initial weights."""
+    sizes = config.model(vocabulary)
+    if config.architecture == "stack":
+        return ExplicitTransformer(sizes, config.depth)
+    if config.architecture == "looped":
+        return DEQTransformer(sizes, solver=FixedPointIteration(steps=config.depth), gradient=Unrolled())
+    chosen = replace(solver(config.equilibria), keep_trajectory=bool(config.consistency_weight))
+    start = LearnedStart(StartNetwork(sizes)) if config.learned_start else None
+    return DEQTransformer(sizes, solver=chosen, gradient=gradient(config.equilibria), start=start)
+
+
+class StartNetwork(nn.Module):
+    """Predicts a token's state from its injection and those of the tokens before it.
+
+    A causal convolution over four tokens and a linear map, normalized as the layer's output is.
+    """
+
+    def __init__(self, config: DEQTransformerConfig):
+        super().__init__()
+        self.mixed = nn.Conv1d(config.heads * 3 * config.d_head, config.d_model, 4)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x: Injection) -> Tensor:
+        before = functional.pad(x.tokens.mT, (3, 0))
+        z = self.out(functional.relu(self.mixed(before)).mT)
+        return functional.layer_norm(z, z.shape[-1:])
+
+
 class LanguageTask(Task):
     """Next-word prediction. With several processes, each reads its own rows of the text.
 
@@ -217,9 +271,7 @@ class LanguageTask(Task):
             "validation": Stream(_beginning(corpus.valid, config.validation_tokens), rows, length, whole=True),
             "test": Stream(_beginning(corpus.test, config.test_tokens), rows, length, whole=True),
         }
-        self.model = DEQTransformer(
-            config.model(self.size), solver=solver(config.equilibria), gradient=gradient(config.equilibria)
-        )
+        self.model = made(config, self.size)
         self.memory: Memory | None = None
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
@@ -239,7 +291,19 @@ class LanguageTask(Task):
         self.memory = None
 
     def loss(self, batch: Segment) -> Tensor:
-        return self._losses(batch).mean()
+        weight = self.config.consistency_weight
+        if not weight and not self.config.learned_start:
+            return self._losses(batch).mean()
+        layer, seen = equilibrium_of(self).equilibrium, []
+        handle = layer.register_solution_hook(lambda _, solution: seen.append(solution))
+        total = self._losses(batch).mean()
+        handle.remove()
+        (solution,) = seen
+        if isinstance(layer.start, LearnedStart) and torch.is_grad_enabled():
+            total = total + layer.start.loss(solution)
+        if weight:
+            total = total + weight * consistency(solution.problem, solution, *solution.args)
+        return total
 
     def score(self, batch: Segment) -> Tensor:
         losses = self._losses(batch).double()
@@ -259,6 +323,12 @@ class LanguageTask(Task):
             f"{self.config.data_dir or self.config.corpus}: {tokens} tokens for training, {self.size} words, <unk> is "
             f"{100 * self.unknown['valid']:.1f} % of the validation text."
         )
+
+
+def equilibrium_of(task: LanguageTask) -> DEQTransformer:
+    """The model of a task that has a layer to iterate."""
+    assert isinstance(task.model, DEQTransformer)
+    return task.model
 
 
 def _beginning(text: Text, tokens: int | None) -> Text:
@@ -369,6 +439,7 @@ class _Probe:
     def __init__(self, config: LanguageConfig, run: Run):
         self.where = device(config.machine.device)
         self.task: LanguageTask = RUNNER.best(config, run).train()
+        self.model = equilibrium_of(self.task)
         exact = replace(config.equilibria, gradient="implicit")
         steps = max(200, exact.backward_steps)
         phantom = replace(exact, gradient="unrolled-phantom")
@@ -391,7 +462,7 @@ class _Probe:
     @torch.no_grad()
     def radius(self) -> float:
         """See :class:`Measured`. Uses the second segment, which has a memory, as nearly all do."""
-        task, model = self.task.eval(), self.task.model
+        task, model = self.task.eval(), self.model
         first, second = (task.held_out["validation"].segment(step) for step in range(2))
         _, memory = model(first.tokens.to(self.where), first.targets.to(self.where))
         x, _ = model.cell.injection(model.embedding(second.tokens.to(self.where)), memory)
@@ -402,7 +473,7 @@ class _Probe:
     def step(self, kind: str) -> StepCost:
         """The cost of one step. Every kind sees the same batch and memory, which advance when the first kind is due
         again."""
-        task, layer = self.task, self.task.model.equilibrium
+        task, layer = self.task, self.model.equilibrium
         if kind == next(iter(KINDS)):
             self.batch, self.memory = next(self.batches), task.memory
         settings = self.settings[kind]
