@@ -219,3 +219,14 @@ def test_help_begins_with_a_command_s_own_options(command, first) -> None:
 def test_settings_that_make_no_sense(folder, wrong) -> None:
     with pytest.raises(UserError):
         settings(folder, "potential", **wrong)
+
+
+def test_molecules_are_shown_as_they_are_computed(tmp_path) -> None:
+    config = replace(hydrogen(tmp_path), train_copies=1, validation_copies=0, test_copies=0)
+    shown = []
+    for _ in range(2):
+        console = Console(file=io.StringIO(), width=200)
+        located(config, console)
+        shown.append(console.file.getvalue().splitlines())
+    assert [line.split(", ")[-1] for line in shown[0]] == ["1 of 2 molecules", "2 of 2 molecules"]
+    assert shown[1] == [], "nothing is computed twice"

@@ -163,7 +163,7 @@ class _Finetuner:
     def __init__(self, config: Finetuning, console: Console):
         self.config = config
         self.pretraining, self.trained, self.pretraining_seconds = pretrained(config)
-        self.files, self.skipped = located(self.pretraining.molecules)
+        self.files, self.skipped = located(self.pretraining.molecules, console)
         if unknown := [name for name in config.only if name not in self.files["train"]]:
             raise UserError(
                 f"--only {', '.join(unknown)}: no such training molecule; they are {', '.join(self.files['train'])}"

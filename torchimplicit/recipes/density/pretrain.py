@@ -88,7 +88,7 @@ def check(config: Pretraining) -> None:
 def train(config: Pretraining, run: Run, console: Console) -> bool:
     """Train from the last step that was kept, and write ``results.json`` and ``index.html``."""
     with bounded(config.training()):
-        files, skipped = located(config.molecules)
+        files, skipped = located(config.molecules, console)
         functional, examples, held = started(config, files, console)
         assert functional.network is not None
         stepper = stepper_of(config, functional.network, examples, held)
@@ -110,7 +110,7 @@ def evaluate(config: Pretraining, run: Run, console: Console) -> None:
     """Measure the selected weights again."""
     course = trained_before(run)
     with bounded(config.training()):
-        files, skipped = located(config.molecules)
+        files, skipped = located(config.molecules, console)
         functional, _, _ = started(config, files, console)
         results = _finished(config, functional, course, files, skipped, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("validation", "test", "spurious")})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from torchimplicit.models.orbital_free import Molecule
 from torchimplicit.recipes.density import storage
@@ -19,6 +20,7 @@ from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.files import cache_folder
 
 SPLITS = ("train", "validation", "test")
+SILENT = Console(quiet=True)
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,27 @@ def geometries(config: Molecules) -> tuple[dict[str, list[Geometry]], list[str]]
     return by_split, refused
 
 
-def located(
-    config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None
-) -> tuple[dict[str, dict[str, Path]], list[str]]:
+def located(config: Molecules, console: Console = SILENT) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """The files of every split's molecules by name, computed if not yet in the folder; and a line for each skipped
-    one.
+    one. The console shows each molecule that is computed.
 
     Raises:
         UserError: a source that is refused, or nothing left to train on.
     """
     by_split, skipped = geometries(config)
+    total = sum(map(len, by_split.values()))
+    places = iter(range(1, total + 1))
+
+    def tell(outcome: Outcome) -> None:
+        place = next(places)
+        if outcome.seconds:
+            name, seconds = outcome.geometry.name, outcome.seconds
+            console.print(f"{name} computed in {seconds:.0f} s, {place} of {total} molecules", highlight=False)
+
     folder = config.data_dir or cache_folder("molecules")
     files: dict[str, dict[str, Path]] = {}
     for name, ones in by_split.items():
-        outcomes = prepare(ones, config.chemistry, folder, watch=watch)
+        outcomes = prepare(ones, config.chemistry, folder, watch=tell)
         files[name] = {one.geometry.name: one.path for one in outcomes if one.path is not None}
         skipped += [f"{one.geometry.name}: {one.reason}" for one in outcomes if one.path is None]
     if not files["train"]:
@@ -98,13 +107,13 @@ def located(
     return files, skipped
 
 
-def load(config: Molecules, watch: Callable[[Outcome], None] = lambda outcome: None) -> Split:
+def load(config: Molecules, console: Console = SILENT) -> Split:
     """Load all molecules, computing those that are not in the folder yet.
 
     Raises:
         UserError: see :func:`located`.
     """
-    files, skipped = located(config, watch)
+    files, skipped = located(config, console)
     return Split(
         **{name: [storage.load(path) for path in there.values()] for name, there in files.items()},
         skipped=skipped,

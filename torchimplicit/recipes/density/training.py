@@ -210,11 +210,8 @@ def _score(qualities: Sequence[Quality], cases: Sequence[Case], config: OrbitalF
 
 
 def _read(config: OrbitalFreeTraining, console: Console) -> tuple[Split, dict[str, list[Case]]]:
-    with console.status("Reading the molecules") as status:
-        split = load(
-            config.molecules,
-            lambda one: status.update(f"Reading the molecules: {one.geometry.name}"),
-        )
+    with console.status("Reading the molecules"):
+        split = load(config.molecules, console)
     for line in split.skipped:
         console.print(f"Skipped: {line}", highlight=False)
     return split, {name: [Case.of(molecule) for molecule in split.named(name)] for name in SPLITS}
