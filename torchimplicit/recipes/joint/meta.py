@@ -884,10 +884,7 @@ def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
         "gradient is the adjoint of the joint map (Hessian-vector products, by truncated GMRES); the first-order one "
         "holds the context fixed, as the published code does."
     )
-    yield (
-        "JIIO is not accelerated here: by Anderson's method training did not get anywhere, on a problem that is not "
-        "convex and, for a fresh model, badly conditioned."
-    )
+    yield "JIIO is not accelerated here: the problem is not convex and, for a fresh model, badly conditioned."
     yield (
         "Small models, few tasks and minutes of training: rows compare among themselves, and accuracies stay far below "
         "published ones. Omniglot's small background set has 136 characters, 24 of which are the test."
