@@ -84,17 +84,19 @@ class DecoderCell(nn.Module):
             if config.weight_norm and linear is not self.inject:
                 weight_norm(linear)
 
-    def injection(self, embedded: Tensor, memory: Memory | None = None) -> tuple[Injection, Tensor]:
+    def injection(self, embedded: Tensor, memory: Memory | Tensor | None = None) -> tuple[Injection, Tensor]:
         """The injection of a segment, and the part of it that the next segment's memory needs.
 
         Args:
             embedded: ``[batch, length, d_model]``.
-            memory: memory of the last segment.
+            memory: memory of the last segment, or its keys and values, as :attr:`Injection.memory`.
         """
         config, attention = self.config, self.attention
         batch, length, _ = embedded.shape
         tokens = attention.injected(self.inject, embedded)
-        if memory is None or not memory.states.shape[1]:
+        if isinstance(memory, Tensor):
+            past = memory
+        elif memory is None or not memory.states.shape[1]:
             past = tokens.new_zeros(batch, config.heads, 0, 2 * config.d_head)
         else:
             past = attention.keys_values(self._first(memory.states), memory.injected)
@@ -103,6 +105,19 @@ class DecoderCell(nn.Module):
         x = Injection(tokens, past, distances, offset, _mask(length, keys, config.window, embedded))
         keys_values = tokens.detach().view(batch, length, config.heads, 3 * config.d_head)[..., config.d_head :]
         return x, keys_values.flatten(2)
+
+    def after(self, x: Injection, z: Tensor) -> Injection:
+        """The injection of a segment's rest, to which the first tokens are a memory.
+
+        Args:
+            x: the segment's injection.
+            z: the first tokens' equilibria, ``[batch, count, d_model]``.
+        """
+        count, heads = z.shape[1], self.config.heads
+        injected = x.tokens[:, :count].unflatten(2, (heads, -1))[..., self.config.d_head :].flatten(2)
+        new = self.attention.keys_values(self._first(z), injected)
+        memory = torch.cat((x.memory, new.to(x.memory.dtype)), dim=2)
+        return x._replace(tokens=x.tokens[:, count:], memory=memory, mask=x.mask[:, :, count:])
 
     def forward(self, z: Tensor, x: Injection) -> Tensor:
         """One application of the map."""

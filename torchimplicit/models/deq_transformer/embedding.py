@@ -108,6 +108,18 @@ class AdaptiveSoftmax(nn.Module):
             loss = loss.index_add(0, rows, part)
         return loss
 
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """The log-probabilities of all tokens, ``[n, vocabulary]``, at hidden states ``[n, d_model]``."""
+        if self.clusters is None:
+            return self._scores(0, hidden).log_softmax(dim=1)
+        head = torch.cat((self._scores(0, hidden), self.clusters(hidden)), dim=1).log_softmax(dim=1)
+        first, clusters = head.split((self.bounds[1], len(self.tables) - 1), dim=1)
+        rest = (
+            clusters[:, [cluster - 1]] + self._scores(cluster, hidden).log_softmax(dim=1)
+            for cluster in range(1, len(self.tables))
+        )
+        return torch.cat((first, *rest), dim=1)
+
     def _scores(self, cluster: int, hidden: Tensor) -> Tensor:
         if str(cluster) in self.projections:
             hidden = hidden @ self.projections[str(cluster)]
