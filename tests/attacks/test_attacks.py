@@ -198,3 +198,10 @@ def test_joint_inference_that_starts_at_the_equilibrium_is_stronger_after_few_st
     assert started.solves[0].status.tolist() == [ti.Status.STEPS_TAKEN] * 6
     stopped = JIIO(net, **ways | {"steps": 400}, tolerance=1e-2).find(images, LABELS)
     assert stopped.solves[0].steps.float().mean() < 400
+
+
+def test_a_start_that_is_not_solved_does_not_stop_the_attack() -> None:
+    net, images = made()
+    net.equilibria[0].throw = True
+    attack = JIIO(net, radius=0.5, steps=3, start=ti.FixedPointIteration(rtol=1e-12, max_steps=1))
+    assert bool(attack(images, LABELS).isfinite().all())

@@ -67,7 +67,7 @@ class JIIO(Attack):
         with torch.no_grad():
             states = model.start(images)
             if self.start is not None:
-                solutions = model.solved(images, states, self.start)[1]
+                solutions = model.solved(images, states, self.start, throw=False)[1]
                 states = tuple(one.value for one in solutions)
                 evaluations = sum(one.evaluations for one in solutions)
             solution = solve(problem, (states, torch.zeros_like(images)), images, labels, solver=solver)

@@ -128,10 +128,15 @@ class Replaced:
         return tuple(starts)
 
     def solved(
-        self, images: Tensor, states: tuple[Any, ...], solver: Solver | None = None, gradient: Gradient | None = None
+        self,
+        images: Tensor,
+        states: tuple[Any, ...],
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        throw: bool | None = None,
     ) -> tuple[Tensor, list[Solution]]:
         """The model's scores at its equilibria, and the solutions found from the starts ``states``; by the layers' own
-        strategies where none are given."""
+        settings where none are given."""
         solutions: list[Solution] = []
 
         def answer(number: int, stated: Stated) -> tuple[Any, Any]:
@@ -142,7 +147,7 @@ class Replaced:
                 *stated.inputs,
                 solver=solver or layer.eval_solver or layer.solver,
                 gradient=gradient or layer.gradient,
-                throw=layer.throw,
+                throw=layer.throw if throw is None else throw,
             )
             solutions.append(solution)
             return solution.value, solution.aux if layer.has_aux else None
