@@ -54,6 +54,14 @@ class TestTokensLeave:
         assert steps or found.left[0] < found.left[-1]
         assert found.solution.evaluations <= 3
 
+    def test_with_normalized_weights(self):
+        model = made(weight_norm=True)
+        x, _ = model.cell.injection(model.embedding(words()))
+        found = solve_by_token(model.equilibrium, x, rtol=1e-13, max_evaluations=400)
+        torch.testing.assert_close(found.solution.value, model.equilibrium(x), rtol=1e-9, atol=1e-10)
+        found.solution.value.sum().backward()
+        assert all(p.grad is not None for p in model.cell.widen.parameters())
+
     def test_at_a_loose_tolerance_the_whole_problem_goes_on(self):
         model = made(rtol=1e-10)
         x, _ = model.cell.injection(model.embedding(words()))

@@ -20,7 +20,7 @@ from torchimplicit.recipes.phantom.language import LanguageTask, made, wikitext2
 from torchimplicit.recipes.phantom.looped_language import COUNTS, FULL, ROWS, TABLE, LoopedLanguageConfig, jobs
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
-from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
+from torchimplicit.recipes.runtime.settings import Equilibria, Machine, from_plain, to_plain
 from torchimplicit.recipes.runtime.table import Plan
 from torchimplicit.recipes.runtime.task import Shard
 
@@ -76,6 +76,12 @@ def test_a_record(tiny, tmp_path):
     assert full == pytest.approx(most, rel=1e-3)
 
 
+def test_the_published_scale():
+    planned = {job.name: job.config for job in jobs(LoopedLanguageConfig(plan=Plan(seeds=1, scale="paper")))}
+    assert planned["equilibrium-0"].equilibria.pretrain_steps == 32_000
+    assert (planned["narrow-0"].inner_width, planned["narrow-0"].depth) == (6000, 8)
+
+
 def test_twins_have_equal_parameters():
     sizes = {}
     for name, row in ROWS.items():
@@ -99,7 +105,18 @@ def test_losses_on_solutions_have_gradients(tiny, changed):
     assert float(more) > 1e-6
 
 
-@pytest.mark.parametrize("changed", [{"learned_start": True}, {"consistency_weight": 1.0}])
-def test_explicit_models_have_no_solve_to_learn_from(changed):
-    with pytest.raises(UserError, match="--architecture equilibrium"):
-        replace(wikitext2(), architecture="looped", **changed)
+@pytest.mark.parametrize(
+    ("option", "changed"),
+    [
+        ("--learned-start", {"learned_start": True}),
+        ("--consistency-weight", {"consistency_weight": 1.0}),
+        ("--pretrain-steps", {"equilibria": Equilibria(pretrain_steps=10)}),
+        ("--evaluation-steps", {"equilibria": Equilibria(evaluation_steps=10)}),
+    ],
+)
+def test_explicit_models_take_no_settings_of_solves(option, changed):
+    for architecture in ("looped", "stack"):
+        with pytest.raises(UserError, match=f"{option} has no effect"):
+            replace(wikitext2(), architecture=architecture, **changed)
+    with pytest.raises(UserError, match="--jacobian-weight"):
+        replace(wikitext2(), architecture="stack", equilibria=Equilibria(jacobian_weight=1.0))

@@ -144,12 +144,16 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         positive(self, "segment_length", "context_length", "validation_tokens", "test_tokens", "depth")
         not_negative(self, "memory_length", "consistency_weight")
-        solved = {"--learned-start": self.learned_start, "--consistency-weight": self.consistency_weight}
-        for name, value in solved.items():
-            if value and self.architecture != "equilibrium":
-                raise UserError(f"{name} needs a solve: it goes with --architecture equilibrium alone")
-        if self.equilibria.jacobian_weight and self.architecture == "stack":
-            raise UserError("--jacobian-weight needs one layer's Jacobian: it does not go with --architecture stack")
+        if self.architecture != "equilibrium":
+            solved = {
+                "--learned-start": self.learned_start,
+                "--consistency-weight": self.consistency_weight,
+                "--pretrain-steps": self.equilibria.pretrain_steps,
+                "--evaluation-steps": self.equilibria.evaluation_steps,
+                "--jacobian-weight": self.equilibria.jacobian_weight and self.architecture == "stack",
+            }
+            for name in (name for name, value in solved.items() if value):
+                raise UserError(f"{name} has no effect on an explicit model: leave it out, or --architecture")
         if self.segment_length + self.memory_length > self.context_length:
             raise UserError(
                 f"{option('segment_length')} {self.segment_length} and {option('memory_length')} {self.memory_length} "

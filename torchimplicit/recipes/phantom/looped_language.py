@@ -39,7 +39,9 @@ class Row:
 
     def of(self, base: LanguageConfig) -> LanguageConfig:
         """The recipe with this model. A narrow stack has about the parameters of one layer."""
-        one = replace(base, **self.settings)
+        explicit = "architecture" in self.settings  # pretraining replaces a solver, which it does not have
+        equilibria = replace(base.equilibria, pretrain_steps=0) if explicit else base.equilibria
+        one = replace(base, equilibria=equilibria, **self.settings)
         if not self.narrow:
             return one
         sizes = {name: max(1, getattr(one, name) // one.depth) for name in ("head_width", "inner_width")}
