@@ -37,6 +37,11 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     narrow: bool = False
 
+    @property
+    def stack(self) -> bool:
+        """Whether its layers have weights of their own, so that no layer is iterated."""
+        return self.settings.get("architecture") == "stack"
+
     def of(self, base: LanguageConfig) -> LanguageConfig:
         """The recipe with this model. A narrow stack has about the parameters of one layer."""
         explicit = "architecture" in self.settings  # pretraining replaces a solver, which it does not have
@@ -237,8 +242,9 @@ def sheets(config: LoopedLanguageConfig, runs: Runs) -> Iterator[TitledTable]:
              "After equal training steps, at the weights of the best validation; mean ± deviation over seeds."),
         Cell("Evaluations", lambda name: table.spread(at(config, runs, name, FULL, "evaluations")), "",
              "Of the layer for a test segment, or the number of layers."),
-        Cell("Training evaluations", runs.told("costs.forward"), "",
-             "Of the layer in the forward pass of a training step."),
+        Cell("Training evaluations",
+             lambda name: str(config.depth) if ROWS[name].stack else table.spread(runs.of(name, "costs.forward")), "",
+             "Of the layer in the forward pass of a training step; the number of layers of a stack."),
         Cell("Step", runs.told("costs.seconds", 3), "s", "A training step, in the run's own log."),
     ])  # fmt: skip
     looped = [name for name in config.rows if at(config, runs, name, COUNTS[0])]
