@@ -203,30 +203,40 @@ def sheets(config: PhantomAblationConfig, runs: Runs) -> Iterator[TitledTable]:
     def accuracy(row: str) -> str:
         return table.spread(accuracies(runs, row))
 
-    yield table.sheet("Table 1", TABLE_1, [
-        Cell("Training", lambda row: TABLE_1[row].label),
-        Cell("Accuracy", accuracy, "%",
-             "Accuracy on the test images, at the weights of the best validation. Mean ± deviation over seeds."),
-        Cell("Published", published, "%",
-             "Published for MDEQ-Tiny after 50 epochs on all of CIFAR-10 (the best epoch on the test set)."),
-        Cell("Forward", cost("forward", 1), "evaluations", "Evaluations of the cell per step, after pretraining."),
+    tested = Cell("Accuracy", accuracy, "%",
+                  "Accuracy on the test images at the weights of the best validation: mean ± standard deviation over "
+                  "the seeds.")  # fmt: skip
+    work = [
+        Cell("Forward", cost("forward", 1), "evaluations",
+             "Evaluations of the cell in the forward pass of a step, in whole-batch equivalents; mean over the steps "
+             "after pretraining and over the seeds."),
         Cell("Backward", cost("backward", 1), "products",
-             "Products with the cell's Jacobian per step, after pretraining."),
-        Cell("At budget", cost("unconverged", 0, 100), "%", "Samples whose forward solve was stopped by its budget."),
+             "Products with the cell's Jacobian in the backward pass of a step, in whole-batch equivalents; mean over "
+             "the steps after pretraining and over the seeds."),
+    ]  # fmt: skip
+    yield table.sheet("Table 1: accuracy and cost of training", TABLE_1, [
+        Cell("Training", lambda row: TABLE_1[row].label),
+        tested,
+        Cell("Published", published, "%",
+             "Published accuracy of MDEQ-Tiny after 50 epochs on all of CIFAR-10, at the best epoch on the test set."),
+        *work,
+        Cell("At budget", cost("unconverged", 0, 100), "%",
+             "Samples whose forward solve stopped at its step budget before it reached the tolerance; mean over the "
+             "steps after pretraining and over the seeds."),
         Cell("Step", cost("seconds", 2), "s",
-             "Wall seconds, medians; the machine was shared, so see the table of costs for ratios."),
+             "Wall time of a training step: median over the steps, mean over the seeds. Other programs ran on the "
+             "machine, so that ratios are better taken from the next table."),
         Cell("Runs", lambda row: f"{len(accuracies(runs, row))} of {len(runs.where(row=row))}", "",
-             "Finished, of those begun."),
+             "Runs that finished, of those that were started."),
     ])  # fmt: skip
     if cells := measured(runs):
-        yield TitledTable("A training step, by gradient, at the same trained weights", cost_table(cells))
+        yield TitledTable("Cost of a training step with each gradient, at the same trained weights", cost_table(cells))
     points = {UPG: TABLE_1[UPG], **SWEEP}
     order = sorted(points, key=lambda name: (points[name].damping, points[name].steps))
     yield table.sheet("Sweep over k and λ (Fig. 3)", order, [
         Cell("Gradient", lambda row: points[row].label.removesuffix(": SGD")),
-        Cell("Accuracy", accuracy, "%", "As above."),
-        Cell("Forward", cost("forward", 1), "evaluations", "As above."),
-        Cell("Backward", cost("backward", 1), "products", "As above."),
+        tested,
+        *work,
     ])  # fmt: skip
 
 
@@ -238,33 +248,36 @@ def claims(config: PhantomAblationConfig, runs: Runs) -> Iterator[Claim]:
         if ours and theirs:
             margin = max((stdev(values) for values in (ours, theirs) if len(values) > 1), default=0.0)
             yield Claim(
-                f"{TABLE_1[name].label}: as accurate as {TABLE_1[other].label}, or more, within one deviation",
-                f"{spread(ours)} % and {spread(theirs)} %",
+                f"The row '{TABLE_1[name].label}' is at most one standard deviation less accurate than the row "
+                f"'{TABLE_1[other].label}'",
+                f"{spread(ours)} % against {spread(theirs)} % on the test images",
                 fmean(ours) >= fmean(theirs) - margin,
             )
     with_it, without = accuracies(runs, IMPLICIT), accuracies(runs, "implicit-nopre")
     if with_it and without:
         yield Claim(
             "Implicit training loses accuracy without pretraining",
-            f"{spread(with_it)} % with and {spread(without)} % without",
+            f"{spread(with_it)} % on the test images with pretraining, {spread(without)} % without",
             fmean(without) < fmean(with_it),
         )
     if not (cost := measured(runs)):
         return
     converged, implicit, phantom = (cost[name] for name in (CONVERGED, "implicit", "UPG(5, 0.5)"))
     yield Claim(
-        "The backward pass of UPG(5, 0.5) takes fewer evaluations and less time than a converged implicit one",
+        "The backward pass of UPG(5, 0.5) takes fewer evaluations and less time than that of the converged implicit "
+        "gradient",
         f"{evaluations(phantom):.0f} instead of {evaluations(converged):.0f} evaluations; "
         f"{converged.backward_seconds / phantom.backward_seconds:.1f} times less time",
         evaluations(phantom) < evaluations(converged) and phantom.backward_seconds < converged.backward_seconds,
     )
-    pairs = {"to equal tolerance": (implicit, phantom)}
+    pairs = {"when both solve to the same tolerance": (implicit, phantom)}
     if f"implicit{AS_PUBLISHED}" in cost:
-        pairs["as published, budgets run out"] = (cost[f"implicit{AS_PUBLISHED}"], cost[f"UPG(5, 0.5){AS_PUBLISHED}"])
+        published = (cost[f"implicit{AS_PUBLISHED}"], cost[f"UPG(5, 0.5){AS_PUBLISHED}"])
+        pairs["when solvers use up their step budgets, as the published ones do"] = published
     for how, (exact, approximate) in pairs.items():
         yield Claim(
-            f"A whole step with UPG(5, 0.5) is at least 1.4 times as fast as an implicit one, {how}",
-            f"{exact.seconds / approximate.seconds:.2f} times",
+            f"A training step with UPG(5, 0.5) is at least 1.4 times as fast as one with the implicit gradient, {how}",
+            f"{exact.seconds / approximate.seconds:.2f} times as fast",
             exact.seconds / approximate.seconds >= 1.4,
         )
 
@@ -273,16 +286,17 @@ def protocol(config: PhantomAblationConfig, runs: Runs) -> str:
     """Describe what was run, and how the figures were selected."""
     one = training(config, TABLE_1[IMPLICIT], config.plan.first_seed)
     chosen, equilibria = one.optimization, one.equilibria
-    amount = f"{one.train_images or 'all other'} training images of {one.data}, {one.validation_images} set apart"
     return (
-        f"MDEQ {one.model}, {amount}; the weights of the best validation are tested on "
-        f"{one.test_images or 'all'} test images; {config.plan.seeds} seeds. {chosen.steps} steps of "
-        f"{chosen.batch_size}, cosine; Adam {ADAM_RATE[config.plan.scale]:g} with weight decay 2.5e-6, or SGD 0.1 with "
-        f"momentum 0.9 and weight decay 1e-4. Forward: Broyden, at most {equilibria.solver_steps} steps; "
-        f"implicit backward: GMRES, at most {equilibria.backward_steps} steps, both to a relative residual of "
-        f"{equilibria.tolerance:g}. Pretraining: {equilibria.pretrain_steps} of the steps, with "
-        f"{equilibria.pretrain_depth} weight-tied applications unrolled. "
-        f"Dropout {one.dropout:g} where a row has it."
+        f"An MDEQ ({one.model}) is trained on {one.train_images or 'all other'} training images of {one.data}; "
+        f"{one.validation_images} images are set apart for validation. The weights of the best validation are tested "
+        f"on {one.test_images or 'all'} test images. Every row has {config.plan.seeds} seeds. A training takes "
+        f"{chosen.steps} steps of {chosen.batch_size} images with a cosine schedule, by Adam (learning rate "
+        f"{ADAM_RATE[config.plan.scale]:g}, weight decay 2.5e-6) or by SGD (learning rate 0.1, momentum 0.9, weight "
+        f"decay 1e-4). The forward pass solves by Broyden's method in at most {equilibria.solver_steps} steps, the "
+        f"implicit backward pass by GMRES in at most {equilibria.backward_steps} steps, both to a relative residual of "
+        f"{equilibria.tolerance:g}. Pretraining replaces the solver by {equilibria.pretrain_depth} unrolled "
+        f"applications of the cell in the first {equilibria.pretrain_steps} steps. Rows with dropout use a rate of "
+        f"{one.dropout:g}."
     )
 
 
@@ -290,26 +304,27 @@ def notes(config: PhantomAblationConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.plan.scale == "cpu":
         yield (
-            "A small model, few steps and another data set than the paper's CIFAR-10: compare rows with each other "
-            "only. Adam's rate is higher than the paper's 0.001, which learns too slowly for so few steps; it was "
-            "chosen on a validation split of CIFAR-10, by one run of each."
+            "The model is small, the training short, and the data set is not the paper's CIFAR-10: compare rows with "
+            "each other only. Adam's learning rate is higher than the paper's 0.001, which learns too slowly for so "
+            "few steps; it was chosen on a validation split of CIFAR-10, by one run for each rate."
         )
     yield (
-        "The published table has no row with the phantom rows' settings and the exact gradient; 'Implicit: SGD' is "
-        "ours, and tells apart what the gradient does from what the other settings do."
+        "The published table has no row with the exact gradient and the settings of the phantom rows. The row "
+        "'Implicit: SGD' is ours, and separates the effect of the gradient from that of the other settings."
     )
     yield "The published accuracies were selected on the test set, ours on a validation split."
     yield (
-        "Broyden's method in the backward pass is replaced by GMRES, whose residual never grows; evaluations are "
-        "counted per sample, and samples that have converged cost nothing more."
+        "The backward pass solves by GMRES, whose residual never grows, instead of the published Broyden's method. "
+        "Evaluations are counted per sample: a sample that has converged costs nothing more."
     )
     if cost := measured(runs):
         yield (
-            "The published 12 times are of the backward pass's time on ImageNet. Published solvers run their budgets "
-            "out, 18 steps forward and 20 backward on CIFAR-10, 26 and 27 on ImageNet: their absolute tolerances are "
-            "not reached. Where solvers stop at a tolerance, as they do here but in rows as published, a phantom "
-            f"gradient saves less: GMRES converges in {evaluations(cost[CONVERGED]):.0f} evaluations on this model. "
-            "The applications that UPG unrolls count as forward evaluations."
+            "The published speed-up of 12 is that of the backward pass on ImageNet. The published solvers do not reach "
+            "their absolute tolerances and use up their step budgets: 18 steps forward and 20 backward on CIFAR-10, 26 "
+            "and 27 on ImageNet. A phantom gradient saves less where solvers stop at a tolerance, as they do here "
+            "except in the rows 'as published': on this model, GMRES converges in "
+            f"{evaluations(cost[CONVERGED]):.0f} evaluations. The applications of the cell that UPG unrolls count as "
+            "forward evaluations."
         )
     by_row = Runs(line for row in (*TABLE_1, *SWEEP) for line in runs.where(row=row))
     yield from table.diverged(by_row, lambda line: line.name)
@@ -344,9 +359,9 @@ def _training(config: PhantomAblationConfig, runs: Runs, shown: tuple[str, ...])
     return CaptionedFigure(
         "training",
         figure,
-        "Validation accuracy during training, mean over the seeds: by optimizer steps, and by the work in the "
-        "equilibrium (forward evaluations plus backward products, whole-batch equivalents; in pretraining one of each "
-        "for every application).",
+        "Validation accuracy during training, mean over the seeds, against optimizer steps (left) and against the work "
+        "spent on the equilibrium (right): forward evaluations plus backward products, in whole-batch equivalents. In "
+        "pretraining, every application of the cell counts as one of each.",
     )
 
 
@@ -375,8 +390,8 @@ def _sweep(runs: Runs) -> CaptionedFigure:
     return CaptionedFigure(
         "sweep",
         figure,
-        "Test accuracy of UPG(k, λ): means over the seeds (line), and every run (dots). Points other than A(5, 0.5) "
-        "have fewer seeds.",
+        "Test accuracy of UPG(k, λ) against k (left) and against λ (right): mean over the seeds (line) and every run "
+        "(dots). Points other than UPG(5, 0.5) have fewer seeds.",
     )
 
 
@@ -398,8 +413,9 @@ def _cost(cost: dict[str, StepCost]) -> CaptionedFigure:
     return CaptionedFigure(
         "cost",
         figure,
-        "A training step at the same trained weights on the same batches, by gradient: time of the forward and the "
-        "backward pass (medians), and products with the cell's Jacobian in the backward pass.",
+        "Cost of a training step with each gradient, at the same trained weights and on the same batches: median time "
+        "of the forward and the backward pass (left), and products with the cell's Jacobian in the backward pass "
+        "(right).",
     )
 
 

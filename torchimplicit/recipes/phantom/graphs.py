@@ -511,5 +511,9 @@ def measured(config: CostConfig, run: Run) -> dict[str, StepCost]:
 
 
 COSTS = Measuring(
-    first=RUNNER, training=lambda config: config.training, measure=measured, show=step_table, name="costs.json"
+    first=RUNNER,
+    training=lambda config: config.training,
+    measure=measured,
+    show=lambda found: step_table(found, update=False),
+    name="costs.json",
 )

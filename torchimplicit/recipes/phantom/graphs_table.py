@@ -24,7 +24,7 @@ from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.page import COLOURS, axes, style
 from torchimplicit.recipes.runtime.settings import Machine, Optimization, positive
-from torchimplicit.recipes.runtime.step_cost import StepCost, costs_of
+from torchimplicit.recipes.runtime.step_cost import TIME, StepCost, costs_of
 from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
@@ -243,13 +243,18 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
     cells = [
         name,
         Cell("Ours", of("test_accuracy"), "%",
-             "test accuracy at the epoch that the validation part selects, mean ± sd over folds"),
+             "Test accuracy at the epoch with the least validation loss: mean ± standard deviation over the folds. A "
+             "constant answer scores the share of the larger class."),
         Cell("Ours, best test epoch", of(PEEKED), "%",
-             "the same runs selected on the test part, as the published ones were"),
-        Cell("Published", published, "%"),
-        Cell("Against implicit", lambda pair: told(difference(runs.where(set=pair[0]), pair[1])), "points",
-             "mean over folds of the difference, ± its standard error"),
-        Cell("Folds", lambda pair: str(len(runs.where(set=pair[0], row=pair[1])))),
+             "Test accuracy of the same runs at the epoch with the best test accuracy, as the published ones were "
+             "selected: mean ± standard deviation over the folds."),
+        Cell("Published", published, "%",
+             "Published test accuracy at the best test epoch: mean ± standard deviation over ten folds."),
+        Cell("Difference to implicit", lambda pair: told(difference(runs.where(set=pair[0]), pair[1])), "points",
+             "Test accuracy less that of the implicit gradient on the same fold, in percentage points: mean over the "
+             "folds ± its standard error."),
+        Cell("Folds", lambda pair: str(len(runs.where(set=pair[0], row=pair[1]))), "",
+             "Folds of the cross-validation that are finished, one run each."),
     ]  # fmt: skip
     lines: list[list[str]] = []
     for one in config.sets:
@@ -272,13 +277,17 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
     yield table.sheet("Cost of a step", both, [
         name,
         Cell("Forward evaluations", evaluations("forward_evaluations"), "",
-             "of the cells, over the three layers, a training step; mean over folds"),
+             "Evaluations of the cells in a training step, in whole-batch equivalents and summed over the three "
+             "layers; mean over steps and folds."),
         Cell("Backward evaluations", evaluations("backward_evaluations"), "",
-             "products with their Jacobians, likewise"),
+             "Products with the cells' Jacobians in a training step, in whole-batch equivalents and summed over the "
+             "three layers; mean over steps and folds."),
         Cell("Forward", milliseconds("forward_seconds"), "ms",
-             "one batch at the same trained weights, all estimators in turn, median"),
-        Cell("Backward", milliseconds("backward_seconds"), "ms", "likewise"),
-        Cell("Step, × implicit", ratio, "", "time of both passes over that of the implicit row"),
+             f"{TIME} of the forward pass: median over steps on one batch at the same trained weights; the estimators "
+             "take turns."),
+        Cell("Backward", milliseconds("backward_seconds"), "ms",
+             f"{TIME} of the backward pass: median over the same steps."),
+        Cell("Step, × implicit", ratio, "", "Time of both passes, divided by that of the implicit row."),
     ])  # fmt: skip
     known = sorted({line["length"] for line in runs if "length" in line.key})
 
@@ -289,10 +298,12 @@ def sheets(config: PhantomGraphsConfig, runs: Runs) -> Iterator[TitledTable]:
         return lambda variant: table.spread(scores(variant, length), scale=100)
 
     yield table.sheet("Accuracy on chains", VARIANTS, [
-        Cell("Start of W", lambda variant: VARIANTS[variant]),
-        *(Cell[str](f"{n} nodes", at(n), "%", "mean ± sd over seeds" if n == known[0] else "") for n in known),
+        Cell("Initial W", lambda variant: VARIANTS[variant], "",
+             "Initialization of the weight W. The other columns give the test accuracy on chains of that many nodes, "
+             "mean ± standard deviation over the seeds."),
+        *(Cell[str](f"{n} nodes", at(n), "%") for n in known),
         Cell("Seeds", lambda variant: ", ".join(str(len(scores(variant, length))) for length in known), "",
-             "from the shortest to the longest chains"),
+             "Number of seeds, from the shortest to the longest chains."),
     ])  # fmt: skip
 
 
@@ -304,23 +315,26 @@ def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
         lines, published = runs.where(set=name), PUBLISHED[name]
         there = {row: published[d] for row, d in estimators.items() if lines.where(row=row) and d in published}
         for what, figure in (
-            ("selected on validation", "test_accuracy"),
-            ("selected on the test part, as published", PEEKED),
+            ("the epoch selected on validation", "test_accuracy"),
+            ("the epoch selected on the test part, as published", PEEKED),
         ):
             gaps = {row: 100 * fmean(lines.of(row, figure)) - mean for row, (mean, _) in there.items()}
             if gaps:
                 yield Claim(
-                    f"{name}, {what}: every row within the published mean ± sd",
-                    ", ".join(f"{names[row]} {gap:+.1f}" for row, gap in gaps.items()) + " points",
+                    f"{name}, with {what}: the accuracy of every row differs from the published mean by at most the "
+                    "published standard deviation",
+                    "differences of "
+                    + "; ".join(f"{gap:+.1f} ({names[row]})" for row, gap in gaps.items())
+                    + " points",
                     all(abs(gap) <= there[row][1] for row, gap in gaps.items()),
                 )
         compared = {row: d for row in there if (d := difference(lines, row)) is not None}
         same, count = constant(runs, name)
         if compared and 2 * same <= count:  # models that all answer alike would agree for no good reason
             yield Claim(
-                f"{name}: no phantom gradient is less accurate than the implicit one, by more than two standard "
+                f"{name}: no phantom gradient is less accurate than the implicit gradient by more than two standard "
                 "errors of the difference over folds",
-                ", ".join(f"{names[row]} {told(d)}" for row, d in compared.items()) + " points",
+                "differences of " + "; ".join(f"{told(d)} ({names[row]})" for row, d in compared.items()) + " points",
                 min(mean + 2 * error for mean, error in compared.values()) >= 0,
             )
         costs = timed(runs, name)
@@ -328,15 +342,15 @@ def claims(config: PhantomGraphsConfig, runs: Runs) -> Iterator[Claim]:
             exact = costs.pop("implicit").seconds
             ratios = {row: cost.seconds / exact for row, cost in costs.items()}
             yield Claim(
-                f"{name}: a step with a phantom gradient takes no longer than with the implicit one",
-                ", ".join(f"{names[row]} × {ratio:.2f}" for row, ratio in ratios.items()),
+                f"{name}: a step with a phantom gradient takes no longer than one with the implicit gradient",
+                "; ".join(f"{ratio:.2f} times as long ({names[row]})" for row, ratio in ratios.items()),
                 all(ratio <= 1 for ratio in ratios.values()),
             )
     longest = max(config.lengths, default=0)
     if scores := runs.where(variant="identity", length=longest).column("test_accuracy"):
         yield Claim(
-            f"chains of {longest} nodes, W starting near 0.8 I: accuracy at least {AIM:g}",
-            f"{fmean(scores):.3f}, least of {len(scores)} seeds {min(scores):.3f}",
+            f"On chains of {longest} nodes, with W starting near 0.8 I, the mean test accuracy is at least {AIM:g}",
+            f"{fmean(scores):.3f}, at least {min(scores):.3f} with each of {len(scores)} seeds",
             fmean(scores) >= AIM,
         )
 
@@ -346,43 +360,44 @@ def protocol(config: PhantomGraphsConfig, runs: Runs) -> str:
     parts = []
     for name in config.sets:
         chosen = molecules(config, name, 0, "implicit").optimization
-        parts.append(f"{name} {chosen.steps} steps of {chosen.batch_size} graphs")
+        parts.append(f"{chosen.steps} steps of {chosen.batch_size} graphs on {name}")
     first = molecules(config, "COX2", 0, "implicit").optimization
     steps = chain(config, 100, "identity", 0).optimization.steps
     return (
-        "Three IGNN layers of 64, sum over the nodes, two-layer perceptron; Adam, learning rate "
-        f"{first.learning_rate:g} ({first.schedule}); {', '.join(parts)}. {config.folds} stratified folds, one run "
-        "each: a tenth of the graphs outside the tested part is set apart, and the weights with the least loss on it "
-        "are tested. k = 5 steps of "
-        f"the phantom gradients. Chains: 20 of each of two classes, one layer of 16, {steps} steps with all chains in "
-        "each, 20 nodes to train on, 100 to select by and 200 to test on; every seed has nodes of its own; double "
-        "precision, relative tolerance 1e-14 forward and backward unless said otherwise."
+        "Graphs: the model has three IGNN layers of width 64, a sum over the nodes and a two-layer perceptron. It is "
+        f"trained by Adam with learning rate {first.learning_rate:g} ({first.schedule}) in {' and '.join(parts)}. Each "
+        f"of {config.folds} stratified folds is tested by one run: a tenth of the other graphs is set apart for "
+        "validation, and the weights with the least loss on it are tested. The phantom gradients take k = 5 steps. "
+        f"Chains: there are 20 of each of two classes, and the model has one layer of width 16. A training has {steps} "
+        "steps, each with all chains; 20 nodes are trained on, 100 select the weights and 200 are tested, and every "
+        "seed draws its own nodes. Solves are in double precision to a relative tolerance of 1e-14, forward and "
+        "backward, unless the row gives another."
     )
 
 
 def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.plan.scale == "cpu" and (config.passes or 0) < 200:
-        passes = "60 of COX2 and 8 of PROTEINS" if config.passes is None else str(config.passes)
-        yield f"Training is short here: passes over the training part are {passes}, and the published ones are 200."
+        passes = "60 (COX2) or 8 (PROTEINS)" if config.passes is None else str(config.passes)
+        yield f"Training is short: {passes} passes over the training part, where the published one makes 200."
     yield (
-        "The published figures are the mean over folds of each fold's best test epoch, which is an upper bound of what "
-        "a model selected without the test part scores; the column 'best test epoch' selects in the same way, from as "
-        "many epochs as were run here."
+        "The published accuracies are means over the folds of each fold's best test epoch. This is an upper bound for "
+        "a model that is selected without the test part. The column 'Ours, best test epoch' selects in the same way, "
+        "from as many epochs as were run here."
     )
     yield (
-        "The published code tests on a matrix in which every edge counts twice and trains on one in which it counts "
-        "once; here both are the same."
+        "The published code trains with an adjacency matrix in which every edge counts once and tests with one in "
+        "which it counts twice; here both are the same."
     )
     yield (
-        "The maps contract strongly (the rows of W are projected on the L1 ball), so that the exact gradient needs few "
-        "products, and there is little that a phantom gradient could save: its steps after the solve are evaluations "
-        "of their own, counted as forward ones, and as many products go back through them."
+        "The maps contract strongly, since the rows of W are projected onto the L1 ball. The exact gradient therefore "
+        "needs few products, and a phantom gradient has little to save: its steps after the solve are further forward "
+        "evaluations, with as many products in the backward pass."
     )
     yield (
-        "What arrives at the end of a chain of 100 nodes is about (2/3)^100 of what stands at its beginning. A "
-        "residual that is small beside the whole state is larger than that: at an everyday tolerance both the solve "
-        "and the gradient stop before the end is reached."
+        "The signal at the end of a chain of 100 nodes is about (2/3)^100 of that at its beginning. A residual that is "
+        "small relative to the whole state is larger than this signal: at an ordinary tolerance, the solve and the "
+        "gradient stop before the signal has reached the end."
     )
     yield "PPI (published micro-F1: implicit 97.6, UPG 98.2 / 97.4 / 96.2) needs a GPU: recipe graphs-ppi."
     for name in config.sets:
@@ -391,9 +406,9 @@ def notes(config: PhantomGraphsConfig, runs: Runs) -> Iterator[str]:
             chosen = median(runs.where(set=name).column("selected_step"))
             steps = molecules(config, name, 0, "implicit").optimization.steps
             yield (
-                f"{name}: in {same} of {total} runs the selected model scores what a constant answer does; "
-                f"in the median the least validation loss is that of step {chosen:g} of {steps}. So it says nothing of "
-                "the estimators."
+                f"{name}: in {same} of {total} runs the selected model is as accurate as a constant answer; the median "
+                f"step with the least validation loss is {chosen:g} of {steps}. These runs do not tell the estimators "
+                "apart."
             )
     wanted = [job for job in jobs(config) if "cost" not in job.key]
     yield from table.left_out(wanted, runs, "not done, or diverged, and left out")
@@ -405,16 +420,16 @@ def drawings(config: PhantomGraphsConfig, runs: Runs, folders: Mapping[str, Run]
         yield CaptionedFigure(
             "accuracy",
             bars(config, runs),
-            "Test accuracy, mean and standard deviation over the folds: ours with the epoch selected on validation, "
-            "ours with the best test epoch as in the published runs, and the published figures. The line is the "
-            "score of a constant answer.",
+            "Test accuracy, mean and standard deviation over the folds: our runs at the epoch selected on validation, "
+            "our runs at the best test epoch, and the published runs, which are at the best test epoch too. The dashed "
+            "line is the accuracy of a constant answer.",
         )
     if any("length" in line.key for line in runs):
         yield CaptionedFigure(
             "chains",
             lengths(runs),
-            "Test accuracy on directed chains against their length, exact gradient: mean over the seeds, and from the "
-            "least to the largest. Only the first node carries the class.",
+            "Test accuracy on directed chains against their length, trained with the exact gradient. Lines are means "
+            "over the seeds, bands go from minimum to maximum. Only the first node of a chain carries the class.",
         )
 
 

@@ -21,7 +21,7 @@ from torchimplicit.recipes.phantom.own_images import Colours
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, device
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, option, positive
-from torchimplicit.recipes.runtime.step_cost import StepCost, beside, equilibria, flat_gradient, in_turn, one_step
+from torchimplicit.recipes.runtime.step_cost import TIME, StepCost, beside, equilibria, flat_gradient, in_turn, one_step
 from torchimplicit.recipes.runtime.table import Cell, Table, sheet
 from torchimplicit.recipes.runtime.task import Metric, Rows, SampledTask, Shard, gradient, label, solver
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
@@ -395,22 +395,28 @@ def cost_table(costs: dict[str, StepCost]) -> Table:
     return sheet("", costs, [
         Cell("Gradient", lambda name: name),
         Cell("Forward", lambda name: f"{1e3 * costs[name].forward_seconds:.0f}", "ms",
-             "Seconds of the process's CPU (of the wall on a GPU), medians."),
-        Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.0f}", "ms", "The same."),
+             f"{TIME} of the forward pass, median over the batches."),
+        Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.0f}", "ms",
+             f"{TIME} of the backward pass, median over the batches."),
         Cell("Evaluations", lambda name: f"{costs[name].forward:.1f}", "",
-             "Evaluations of the cell in the forward pass, including those that a phantom gradient unrolls."),
+             "Evaluations of the cell in the forward pass, including those that a phantom gradient unrolls; in "
+             "whole-batch equivalents, mean over the batches."),
         Cell("Products", lambda name: f"{costs[name].backward:.1f}", "",
-             "Products with the cell's Jacobian in the backward pass."),
-        Cell("Backward, evaluations", lambda name: f"{evaluations(converged) / evaluations(costs[name]):.1f}", "×",
-             "The converged implicit backward's evaluations over this one's."),
-        Cell("Backward, time", lambda name: f"{converged.backward_seconds / costs[name].backward_seconds:.1f}", "×",
-             "The converged implicit backward's time over this one's."),
-        Cell("Step, time", lambda name: f"{costs[counterpart(name)].seconds / costs[name].seconds:.2f}", "×",
-             "The implicit step's time over this one's, forward and backward together: to equal tolerance, and of rows "
-             "as published, whose budgets run out, against the implicit row as published."),
+             "Products with the cell's Jacobian in the backward pass, in whole-batch equivalents; mean over the "
+             "batches."),
+        Cell("Backward work saved", lambda name: f"{evaluations(converged) / evaluations(costs[name]):.1f}", "×",
+             "Backward evaluations of the converged implicit gradient, divided by those of this row; the last product, "
+             "with the parameters, is included."),
+        Cell("Backward speed-up", lambda name: f"{converged.backward_seconds / costs[name].backward_seconds:.1f}", "×",
+             "Backward time of the converged implicit gradient, divided by that of this row."),
+        Cell("Step speed-up", lambda name: f"{costs[counterpart(name)].seconds / costs[name].seconds:.2f}", "×",
+             "Time of both passes with the implicit gradient, divided by that of this row. Rows 'as published', whose "
+             "solvers use up their step budgets, are compared with the implicit row as published."),
         Cell("Cosine", lambda name: f"{costs[name].cosine:.3f}", "",
-             "Cosine of the gradient in all parameters with the converged one."),
-        Cell("Norm", lambda name: f"{costs[name].norm:.2f}", "", "Norm of the gradient over the converged one's."),
+             "Cosine similarity of the gradient in all parameters to the converged implicit one, median over the "
+             "batches."),
+        Cell("Norm ratio", lambda name: f"{costs[name].norm:.2f}", "",
+             "Norm of that gradient, divided by the norm of the converged implicit one; median over the batches."),
     ]).table  # fmt: skip
 
 

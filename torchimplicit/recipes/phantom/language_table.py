@@ -16,6 +16,7 @@ from torchimplicit.recipes.phantom.language import CONVERGED, KINDS, CostConfig,
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import axes, style
 from torchimplicit.recipes.runtime.settings import Machine, positive
+from torchimplicit.recipes.runtime.step_cost import TIME
 from torchimplicit.recipes.runtime.table import CaptionedFigure, Cell, Claim, Job, Plan, Runs, TitledTable
 
 if TYPE_CHECKING:
@@ -215,25 +216,31 @@ def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
     yield table.sheet("Perplexity and cost", rows.values(), [
         Cell("Training", label),
         Cell("Published perplexity", lambda one: table.shown(one.row.perplexity, ".1f"), "",
-             "on the test text of WikiText-103, with 98M parameters"),
+             "Published perplexity on the test text of WikiText-103, with 98 million parameters."),
         Cell("Published speed", lambda one: f"{one.row.speed:.1f}×" if one.row.speed else table.NONE, "",
-             "of training, against PostLN implicit"),
+             "Published speed of training, relative to the row 'PostLN, implicit'."),
         Cell("Perplexity at equal steps", lambda one: table.spread(one.tested), "",
-             "on the test text, at the weights of the best validation"),
+             "Perplexity on the test text at the weights of the best validation, after the same number of steps in "
+             "every row: mean ± standard deviation over the seeds."),
         Cell("Perplexity at equal time",
              lambda one: table.NONE if budget is None else table.spread(one.validated_after(budget)), "",
-             "on the validation text, when a row has trained as long as the quickest one does in all"),
+             "Perplexity on the validation text after the time in which the fastest row finishes its training, "
+             "interpolated between validations: mean ± standard deviation over the seeds."),
         Cell("Forward evaluations", lambda one: table.spread(one.costs("forward")), "",
-             "of the cell a step, UPG's own steps included"),
+             "Evaluations of the cell in the forward pass of a step, UPG's own steps included: mean over the steps, "
+             "then mean ± standard deviation over the seeds."),
         Cell("Backward evaluations", lambda one: table.spread(one.costs("backward")), "",
-             "products with the Jacobian a step"),
+             "Products with the Jacobian in the backward pass of a step: mean over the steps, then mean ± standard "
+             "deviation over the seeds."),
         Cell("Spectral radius", lambda one: table.shown(one.radius, ".2f"), "",
-             "of the Jacobian at equilibria of the validation text, the first seed's weights"),
+             "Spectral radius of the Jacobian at the equilibria of one segment of the validation text, mean over its "
+             "rows, at the first seed's weights."),
         Cell("Step", lambda one: table.shown(one.step_seconds, ".3f"), "s",
-             "forward and backward pass, measured in turn, with the penalty's share"),
+             f"{TIME} of the forward and the backward pass, median over steps that take turns with those of the other "
+             "rows, at the first seed's weights. With JR, the time of the penalty times its probability is added."),
         Cell("Speed",
              lambda one: f"{base / one.step_seconds:.2f}×" if base and one.step_seconds else table.NONE, "",
-             "against PostLN implicit"),
+             "Speed of a step, relative to the row 'PostLN, implicit'."),
     ])  # fmt: skip
     steps = [
         (ROWS[name.removesuffix(f"-{config.plan.first_seed}")].label, kind, kinds[kind], kinds[counterpart(kind)])
@@ -243,15 +250,20 @@ def sheets(config: PhantomLanguage, runs: Runs) -> Iterator[TitledTable]:
     ]
     if not steps:
         return
-    yield table.sheet("A training step at the same weights, in turn", steps, [
-        Cell("Weights of", lambda step: step[0], "", "the first seed's"),
-        Cell("Step", lambda step: KINDS[step[1]]),
-        Cell("Forward", lambda step: f"{step[2]['forward_seconds']:.3f}", "s"),
-        Cell("Backward", lambda step: f"{step[2]['backward_seconds']:.3f}", "s"),
-        Cell("Forward evaluations", lambda step: f"{step[2]['forward']:.1f}"),
-        Cell("Backward evaluations", lambda step: f"{step[2]['backward']:.1f}"),
+    yield table.sheet("Cost of a training step, at the same weights", steps, [
+        Cell("Weights of", lambda step: step[0], "", "The row whose weights are used, at its first seed."),
+        Cell("Step", lambda step: KINDS[step[1]], "", "The kind of step; all kinds take turns on the same batches."),
+        Cell("Forward", lambda step: f"{step[2]['forward_seconds']:.3f}", "s",
+             f"{TIME} of the forward pass, median over the batches."),
+        Cell("Backward", lambda step: f"{step[2]['backward_seconds']:.3f}", "s",
+             f"{TIME} of the backward pass, median over the batches."),
+        Cell("Forward evaluations", lambda step: f"{step[2]['forward']:.1f}", "",
+             "Evaluations of the cell in the forward pass, mean over the batches."),
+        Cell("Backward evaluations", lambda step: f"{step[2]['backward']:.1f}", "",
+             "Products with the Jacobian in the backward pass, mean over the batches."),
         Cell("Speed", lambda step: table.NONE if step[1] == "penalty" else f"{both(step[3]) / both(step[2]):.2f}×", "",
-             "both passes, against implicit at these weights: to equal tolerance, or both as published"),
+             "Speed of both passes, relative to the implicit step at the same weights. Steps as published are compared "
+             "with the implicit step as published."),
     ])  # fmt: skip
 
 
@@ -269,26 +281,27 @@ def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
         one, other = (rows[name] for name in names)
         if one.tested and other.tested:
             yield Claim(
-                f"{label}: UPG(5, 0.8) loses at most 2 % of perplexity to the implicit gradient at equal steps",
+                f"{label}: after equal steps, the perplexity with UPG(5, 0.8) is at most 2 % above that with the "
+                "implicit gradient",
                 f"{table.spread(other.tested)} against {table.spread(one.tested)} "
-                f"(published {other.row.perplexity} against {one.row.perplexity})",
+                f"(published: {other.row.perplexity} against {one.row.perplexity})",
                 fmean(other.tested) <= 1.02 * fmean(one.tested),
             )
         if one.step_seconds and other.step_seconds and one.row.speed and other.row.speed:
             aim, ratio = other.row.speed / one.row.speed, one.step_seconds / other.step_seconds
             yield Claim(
-                f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one, to equal "
-                "tolerance",
-                f"{ratio:.2f} times",
+                f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as one with the implicit "
+                "gradient when both solve to the same tolerance",
+                f"{ratio:.2f} times as fast",
                 ratio >= round(aim, 1),
             )
             kinds = measured(runs).get("costs", {}).get(f"{names[0]}-{config.plan.first_seed}", {})
             if "published-phantom" in kinds and not one.row.jacobian:
                 ratio = both(kinds["published"]) / both(kinds["published-phantom"])
                 yield Claim(
-                    f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as the implicit one, as "
-                    "published: 30 steps forward and 35 backward",
-                    f"{ratio:.2f} times",
+                    f"{label}: a step with UPG(5, 0.8) is at least {aim:.1f} times as fast as one with the implicit "
+                    "gradient when solvers take 30 steps forward and 35 backward, as published",
+                    f"{ratio:.2f} times as fast",
                     ratio >= round(aim, 1),
                 )
     pair = [rows[name] for name in ("pre-implicit", "pre-jacobian-implicit") if name in rows]
@@ -296,14 +309,14 @@ def claims(config: PhantomLanguage, runs: Runs) -> Iterator[Claim]:
         without, penalized = (fmean(one.costs("forward")) for one in pair)
         yield Claim(
             "Jacobian regularization saves forward evaluations",
-            f"{penalized:.1f} with it, {without:.1f} without, PreLN and implicit",
+            f"{penalized:.1f} a step with it and {without:.1f} without, for PreLN with the implicit gradient",
             penalized < without,
         )
     radii = [one.radius for one in pair if one.radius is not None]
     if len(radii) == 2:
         yield Claim(
             "Jacobian regularization lowers the spectral radius at the equilibrium",
-            f"{radii[1]:.2f} with it, {radii[0]:.2f} without, PreLN and implicit, the first seed",
+            f"{radii[1]:.2f} with it and {radii[0]:.2f} without, for the first seed of PreLN, implicit",
             radii[1] < radii[0],
         )
 
@@ -313,21 +326,21 @@ def protocol(config: PhantomLanguage, runs: Runs) -> str:
     one = language(config, ROWS["post-implicit"], config.plan.first_seed)
     chosen, at = one.optimization, one.equilibria
     sizes = {size for size in runs.column("parameters") if size}
-    words = "all words" if one.vocabulary is None else f"the {one.vocabulary} most frequent words, the others <unk>"
+    words = "all words" if one.vocabulary is None else f"the {one.vocabulary} most frequent words (others are <unk>)"
     millions = "/".join(f"{size / 1e6:.2f}M" for size in sorted(sizes))
     part = ""
     if one.validation_tokens and one.test_tokens:
         part = (
-            f" Validation on the first {one.validation_tokens} tokens of its text, the test on the first "
+            f" Validation reads the first {one.validation_tokens} tokens of its text, the test the first "
             f"{one.test_tokens}."
         )
     return (
-        f"{one.corpus}, {words}; a DEQ transformer of {millions} parameters; {chosen.steps} steps of "
-        f"{chosen.batch_size} × {one.segment_length} tokens with {chosen.optimizer.capitalize()} at "
-        f"{chosen.learning_rate:g}; forward solves to {at.tolerance:g} within {at.solver_steps} steps, implicit "
-        f"backward solves to {at.backward_tolerance:g} within {at.backward_steps}. JR: Jacobian regularization with "
-        f"weight 2.0 and probability 0.4. The tested weights are those of the best validation.{part} Seeds: "
-        f"{', '.join(map(str, config.plan.all_seeds))}; mean ± standard deviation over them."
+        f"A DEQ transformer of {millions} parameters is trained on {one.corpus} with {words}, in {chosen.steps} steps "
+        f"of {chosen.batch_size} × {one.segment_length} tokens by {chosen.optimizer.capitalize()} with learning rate "
+        f"{chosen.learning_rate:g}. Forward solves stop at a relative residual of {at.tolerance:g} or after "
+        f"{at.solver_steps} steps, implicit backward solves at {at.backward_tolerance:g} or after {at.backward_steps} "
+        "steps. JR is Jacobian regularization with weight 2.0 and probability 0.4. The tested weights are those of the "
+        f"best validation.{part} The seeds are {', '.join(map(str, config.plan.all_seeds))}."
     )
 
 
@@ -336,15 +349,15 @@ def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
     rows, seeds = trained(config, runs), config.plan.seeds
     if config.plan.scale == "cpu":
         yield (
-            "Another text, vocabulary and size than the published table's, and a small part of one pass over the "
-            "text: compare rows with rows, not perplexities with the published ones."
+            "Text, vocabulary and model are smaller than those of the published table, and training sees a small part "
+            "of the text once: compare rows with each other, not perplexities with the published ones."
         )
     if seeds < 3:
         yield f"With {seeds} seeds a standard deviation says little."
     yield (
-        "Equal time is counted in steps times the seconds of a step as measured in turn at trained weights, not in the "
-        "seconds of the logs, which depend on what else the machine did; and on the validation text, which is all that "
-        "is measured in the middle of a training."
+        "Equal time means steps times the seconds of a step, which were measured in turn at trained weights. The "
+        "seconds of the logs depend on what else the machine did. The perplexity is that of the validation text, since "
+        "the test text is not read in the middle of a training."
     )
     if costs := measured(runs).get("costs"):
         exact, converged, phantom = (
@@ -352,17 +365,19 @@ def notes(config: PhantomLanguage, runs: Runs) -> Iterator[str]:
         )
         yield (
             f"A backward pass with the implicit gradient needs {exact:.1f} products with the Jacobian here "
-            f"({converged:.1f} to {CONVERGED:g}), UPG {phantom:.1f}, and 5 more forward evaluations: the phantom "
-            "gradient saves where the backward solver needs many, up to 35 in the published runs."
+            f"({converged:.1f} to a residual of {CONVERGED:g}); UPG needs {phantom:.1f}, and 5 more forward "
+            "evaluations. The phantom gradient saves time where the backward solver needs many products, up to 35 in "
+            "the published runs."
         )
     for one in rows.values():
         unconverged = one.costs("unconverged")
         if unconverged and fmean(unconverged) > 0.01:
-            yield f"{one.row.label}: {100 * fmean(unconverged):.0f} % of the samples stopped at the solver's budget."
+            share = f"{100 * fmean(unconverged):.0f} %"
+            yield f"{one.row.label}: {share} of the samples stopped at the solver's step budget."
     if missing := [row.label for name, row in ROWS.items() if name not in rows]:
-        yield f"Not run: {', '.join(missing)}."
+        yield f"These rows were not run: {', '.join(missing)}."
     if short := [f"{one.row.label} ({len(one.runs)})" for one in rows.values() if len(one.runs) < seeds]:
-        yield f"Rows with fewer seeds than {seeds}: {', '.join(short)}."
+        yield f"These rows have fewer than {seeds} seeds: {', '.join(short)}."
 
 
 def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
@@ -372,15 +387,16 @@ def drawings(config: PhantomLanguage, runs: Runs, folders: Mapping[str, Run]) ->
         yield CaptionedFigure(
             "perplexity-steps",
             _curves(dict.fromkeys(rows.values(), 1.0), "Optimizer steps"),
-            "Perplexity on the validation text during training, mean over the seeds. Lower is better; lines that lie "
-            "on each other learn the same from a step.",
+            "Perplexity on the validation text against optimizer steps, mean over the seeds. Lower is better; rows "
+            "whose lines coincide learn equally much from a step.",
         )
     if known := {one: one.step_seconds for one in rows.values() if one.step_seconds is not None}:
         yield CaptionedFigure(
             "perplexity-seconds",
             _curves(known, "Seconds of training"),
-            "The same against time: steps times the seconds of a step, which were measured for all rows in turn. A "
-            "line further to the left learns the same in less time.",
+            "Perplexity on the validation text against training time, mean over the seeds. Time is steps times the "
+            "seconds of a step, which were measured for all rows in turn. A row whose line is further to the left "
+            "learns as much in less time.",
         )
 
 

@@ -195,8 +195,10 @@ def _grid(measured: Layers) -> TitledTable:
 
         return cell
 
-    return table.sheet("Fig. 1: cosine on random layers", points, [
-        Cell("Cosine, mean over seeds", lambda point: f"{point[0]}, {point[1]}, λ = {point[2]:g}"),
+    return table.sheet("Fig. 1: cosine similarity to the exact gradient on random layers", points, [
+        Cell("Layer and estimator", lambda point: f"{point[0]}, {point[1]}, λ = {point[2]:g}", "",
+             "Distribution of W before scaling, phantom gradient, and its damping λ. The columns have k steps (UPG) or "
+             "terms (NPG); all cells are means over the seeds."),
         *(Cell[Any](f"k = {k}", cosine(k)) for k in LAYER.ks),
     ])  # fmt: skip
 
@@ -211,14 +213,20 @@ def _adaptive(measured: Layers) -> TitledTable:
     def told(figure: str, digits: int) -> Any:
         return lambda name: table.spread([getattr(one, figure) for one in asked[name]], digits)
 
-    return table.sheet("Beyond the paper: the adaptive phantom gradient on the layers", asked, [
-        Cell("Error that is asked for", lambda name: name, "",
-             "Relative, of the adjoint vector, with ‖W‖₂ as the contraction."),
-        Cell("Largest error of a sample",
-             lambda name: f"{max((one.error for one in asked[name]), default=float('nan')):.2g}"),
-        Cell("k", told("steps", 1), "", "Mean over the samples."),
-        Cell("λ", told("damping", 2), "", "Mean over samples and steps."),
-        Cell("Cosine", told("cosine", 5)),
+    return table.sheet("Beyond the paper: the adaptive phantom gradient on random layers", asked, [
+        Cell("Layer and requested error", lambda name: name, "",
+             "Distribution of W before scaling, and the relative error of the adjoint vector that the estimator is "
+             "asked for, given ‖W‖₂ as the contraction factor."),
+        Cell("Largest error", lambda name: f"{max((one.error for one in asked[name]), default=float('nan')):.2g}", "",
+             "Relative error of the adjoint vector, the largest of any sample and seed."),
+        Cell("k", told("steps", 1), "",
+             "Steps that the estimator took: mean over the samples, then mean ± standard deviation over the seeds."),
+        Cell("λ", told("damping", 2), "",
+             "Damping that the estimator chose: mean over samples and steps, then mean ± standard deviation over the "
+             "seeds."),
+        Cell("Cosine", told("cosine", 5), "",
+             "Cosine similarity of the gradient in W, U and b to the exact one: mean ± standard deviation over the "
+             "seeds."),
     ])  # fmt: skip
 
 
@@ -227,17 +235,21 @@ def _unbiased(measured: Layers) -> TitledTable:
         return lambda weight: table.spread([of(one.unbiased) for one in measured[weight]], digits)
 
     count = next(one.unbiased.draws for ones in measured.values() for one in ones)
-    return table.sheet("Beyond the paper: the unbiased series on the layers", WEIGHTS, [
-        Cell[str]("Weight", lambda weight: weight),
-        Cell("Terms", told(lambda one: one.terms, 2), "", "Mean of the draws."),
-        Cell("Cosine of a draw", told(lambda one: one.cosine), "", "Mean."),
+    return table.sheet("Beyond the paper: the unbiased series on random layers", WEIGHTS, [
+        Cell[str]("Weight", lambda weight: weight, "",
+                  "Distribution of W before scaling. All cells are means ± standard deviations over the seeds."),
+        Cell("Terms", told(lambda one: one.terms, 2), "", "Terms of the series, mean over the draws."),
+        Cell("Cosine of a draw", told(lambda one: one.cosine), "",
+             "Cosine similarity of a draw of the gradient to the exact one, mean over the draws."),
         Cell("Error of a draw", told(lambda one: one.error), "",
-             "Relative to the exact gradient, root mean square."),
-        Cell(f"Error of the mean of {count} draws", told(lambda one: one.mean_error)),
-        Cell("Its standard error", told(lambda one: one.error / one.draws**0.5), "",
-             "The error of a draw over the root of their number: what no bias would leave."),
-        Cell("Error at the same cost without chance", told(lambda one: one.truncated_error), "",
-             "The plain series of as many terms, rounded: its bias."),
+             "Relative error of a draw of the gradient, root mean square over the draws."),
+        Cell(f"Error of the mean of {count} draws", told(lambda one: one.mean_error), "",
+             "Relative error of the mean gradient of all draws."),
+        Cell("Standard error of the mean", told(lambda one: one.error / one.draws**0.5), "",
+             "Error of a draw divided by the square root of their number: the error of the mean that chance alone "
+             "leaves."),
+        Cell("Truncation error", told(lambda one: one.truncated_error), "",
+             "Relative error of the plain Neumann series with as many terms as a draw has on average, rounded."),
     ])  # fmt: skip
 
 
@@ -257,19 +269,25 @@ def _along(runs: Runs, gradient: GradientName) -> TitledTable:
         return lambda name: f"{100 * mean(of(look.beside[name]) for look in every):.0f}"
 
     return table.sheet(f"Fig. 2: second half of training, {TRAINED[gradient]}", LABELS, [
-        Cell("Estimator", lambda name: LABELS[name]),
-        Cell("Cosine", over("cosine", 3), "",
-             "Mean over the looks of the second half, ± over the seeds; so are the others."),
-        Cell("Norm ratio", over("norm_ratio", 2)),
-        Cell("Adjoint residual", over("adjoint_residual", 3), "", "‖u − (I − Jᵀ)g‖ / ‖u‖ over the whole batch."),
+        Cell("Estimator", lambda name: LABELS[name], "",
+             "Each estimate is compared with the exact gradient at the same weights, batch and state. Cells are means "
+             "over the comparisons in the second half of training, ± standard deviations over the seeds, except for "
+             "the two shares."),
+        Cell("Cosine", over("cosine", 3), "", "Cosine similarity to the exact gradient."),
+        Cell("Norm ratio", over("norm_ratio", 2), "", "Norm of the estimate divided by that of the exact gradient."),
+        Cell("Adjoint residual", over("adjoint_residual", 3), "",
+             "‖u − (I − Jᵀ)g‖ / ‖u‖ over the whole batch, for the adjoint g that the estimate uses."),
         Cell("Ascent", share(lambda one: float(one["cosine"] > 0)), "%",
-             "Share of all looks at which the inner product with the exact gradient is positive."),
+             "Share of the comparisons in the whole training at which the inner product with the exact gradient is "
+             "positive."),
         Cell("Condition", share(lambda one: one["ascent"]), "%",
-             "Share of all looks at which the relative error is below 1, which implies ascent."),
+             "Share of the comparisons in the whole training at which the relative error is below 1, which implies "
+             "ascent."),
         Cell("Products", over("products", 1), "",
-             "Products with the Jacobian of the whole batch, which waits for its slowest sample."),
-        Cell("k", over("steps", 1), "", "Mean over the samples."),
-        Cell("λ", over("damping", 2), "", "Chosen, mean over samples and steps."),
+             "Products with the Jacobian of the whole batch, until its slowest sample is done."),
+        Cell("k", over("steps", 1), "", "Steps or terms of the estimator, mean over the samples."),
+        Cell("λ", over("damping", 2), "",
+             "Damping that the adaptive phantom gradient chose, mean over samples and steps."),
     ])  # fmt: skip
 
 
@@ -288,12 +306,12 @@ def _of_layers(measured: Layers) -> Iterator[Claim]:
     residual, agreement = max(one.residual for one in every), min(one.agreement for one in every)
     yield Claim(
         "The fixed-point iterations reach a relative residual below 1e-5 on the layers",
-        f"at most {residual:.1g}",
+        f"the largest one is {residual:.1g}",
         residual < 1e-5,
     )
     yield Claim(
         "Backpropagation through the iterations and implicit differentiation agree to a cosine above 0.9999",
-        f"at least 1 − {1 - agreement:.1g}",
+        f"the smallest cosine is 1 − {1 - agreement:.1g}",
         agreement > 0.9999,
     )
     rising: list[bool] = []
@@ -310,25 +328,26 @@ def _of_layers(measured: Layers) -> Iterator[Claim]:
             by_damping += [b - a > -ROUNDING for a, b in pairs]
     yield Claim(
         "The cosine rises with k for every λ, for UPG and NPG (Fig. 1)",
-        f"{sum(rising)} of {len(rising)} steps of the grid do",
+        f"it does so in {sum(rising)} of {len(rising)} steps from one k of the grid to the next",
         all(rising),
     )
     yield Claim(
-        "It rises more slowly for small λ (Fig. 1)",
-        f"at {sum(by_damping)} of {len(by_damping)} points a larger λ is at least as precise",
+        "The cosine rises more slowly with k for smaller λ (Fig. 1)",
+        f"the next larger λ is at least as precise at {sum(by_damping)} of {len(by_damping)} points of the grid",
         all(by_damping),
     )
     held = [(a.error, a.asked) for one in every for a in one.adaptive]
     yield Claim(
-        "The adaptive phantom gradient keeps every sample's error below what is asked for",
-        f"the largest share of it that is used is {max(error / asked for error, asked in held):.2f}",
+        "The adaptive phantom gradient keeps every sample's error below the requested one",
+        f"the largest error is {max(error / asked for error, asked in held):.2f} of the requested one",
         all(error <= asked for error, asked in held),
     )
     ratios = [one.unbiased.mean_error / (one.unbiased.error / one.unbiased.draws**0.5) for one in every]
     ratio = fmean(value**2 for value in ratios) ** 0.5
     yield Claim(
-        "The unbiased series has no bias that its noise would not explain",
-        f"the mean's error is {ratio:.2f} standard errors (root mean square over the layers)",
+        "The unbiased series has no bias beyond its noise: the error of the mean of all draws is below 1.5 standard "
+        "errors",
+        f"{ratio:.2f} standard errors (root mean square over the layers)",
         ratio < 1.5,
     )
 
@@ -337,22 +356,23 @@ def _of_training(runs: Runs, gradient: GradientName) -> Iterator[Claim]:
     late, name = flat(trainings(runs, gradient, late=True)), TRAINED[gradient]
     upg = [look.figure("upg-5-0.5/cosine") for look in flat(trainings(runs, gradient))]
     yield Claim(
-        f"UPG(5, 0.5) is an ascent direction all along the training, {name}",
-        f"at {sum(value > 0 for value in upg)} of {len(upg)} looks; its cosine is {mean(upg):.2f} on average and "
-        f"{min(upg):.2f} at least",
+        f"UPG(5, 0.5) is an ascent direction throughout the training of the model {name}",
+        f"it is one at {sum(value > 0 for value in upg)} of {len(upg)} comparisons; its cosine is {mean(upg):.2f} on "
+        f"average and {min(upg):.2f} at least",
         all(value > 0 for value in upg),
     )
     terms = [mean(look.figure(f"npg-{k}-0.5/cosine") for look in late) for k in (2, 5, 9)]
     yield Claim(
-        f"More terms are more precise in the second half, {name}",
-        "NPG(k, 0.5) with k = 2, 5, 9: " + ", ".join(f"{value:.3f}" for value in terms),
+        f"NPG(k, 0.5) is more precise with more terms in the second half of training of the model {name}",
+        f"the mean cosine with k = 2, 5, 9 is {', '.join(f'{value:.3f}' for value in terms)}",
         all(a < b for a, b in pairwise(terms)),
     )
     adaptive = [look.figure("adaptive-0.1/adjoint_residual") for look in late]
     yield Claim(
-        f"The adaptive phantom gradient keeps the batch's residual at 0.1 in the second half, {name}",
-        f"at {sum(value <= 0.1 for value in adaptive)} of {len(adaptive)} looks, within 60 steps; at most "
-        f"{max(adaptive):.2f}",
+        "The adaptive phantom gradient keeps the adjoint residual of the batch at 0.1 or below, within 60 steps, in "
+        f"the second half of training of the model {name}",
+        f"it does so at {sum(value <= 0.1 for value in adaptive)} of {len(adaptive)} comparisons; the largest residual "
+        f"is {max(adaptive):.2f}",
         all(value <= 0.1 for value in adaptive),
     )
 
@@ -362,37 +382,41 @@ def protocol(config: PrecisionConfig, runs: Runs) -> str:
     images = "CIFAR-10" if config.plan.scale == "paper" else {"mnist": "MNIST", "digits": "8×8 digits"}[config.data]
     chosen = training(config, "implicit", 0)
     return (
-        f"Fig. 1: z = tanh(Wz + Ux + b) of {LAYER.size} numbers, {LAYER.samples} inputs, ‖W‖₂ = {LAYER.norm:g} with W "
-        f"Gaussian or orthogonal, double precision, {LAYER.iterations} fixed-point iterations; the gradients in W, U "
-        f"and b for a random cotangent. Fig. 2: an MDEQ ({chosen.model}) on {images}, {chosen.optimization.steps} "
-        f"steps of {chosen.optimization.batch_size} images by SGD, trained by the exact gradient and by UPG(5, 0.5); "
-        f"at {config.looks} steps every estimator is compared, at the state that the solver (Broyden, at most "
-        f"{chosen.equilibria.solver_steps} steps) returned, with the exact gradient there (GMRES to 1e-5), in the "
-        f"cell's parameters and its input. {config.plan.seeds} seeds."
+        f"Fig. 1: the layer is z = tanh(Wz + Ux + b) with {LAYER.size} states and {LAYER.samples} inputs. W is "
+        f"Gaussian or orthogonal, scaled to ‖W‖₂ = {LAYER.norm:g}. The forward pass takes {LAYER.iterations} "
+        "fixed-point iterations in double precision. The gradients in W, U and b are compared for a random cotangent. "
+        f"Fig. 2: an MDEQ ({chosen.model}) is trained on {images}, by SGD in {chosen.optimization.steps} steps of "
+        f"{chosen.optimization.batch_size} images, once with the exact gradient and once with UPG(5, 0.5). The solver "
+        f"is Broyden's method with at most {chosen.equilibria.solver_steps} steps. At {config.looks} steps of each "
+        "training, every estimator is compared with the exact gradient (GMRES to 1e-5) at the state that the solver "
+        "returned, in the cell's parameters and its input. "
+        f"Everything is repeated with {config.plan.seeds} seeds."
     )
 
 
 def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     yield (
-        "UPG and NPG are the same linear map where the fixed point is exact (Fig. 1); they differ in Fig. 2, where the "
-        "solver stops at its budget."
+        "UPG and NPG are the same linear map where the fixed point is exact, as in Fig. 1. They differ in Fig. 2, "
+        "where the solver stops at its step budget."
     )
     yield (
-        "The adaptive phantom gradient holds an error by its residual and the contraction, a bound that is far from "
-        "tight: the errors that came out are well below those that were asked for."
+        "The adaptive phantom gradient bounds its error by its residual and the contraction factor. This bound is far "
+        "from tight: the errors are well below the requested ones."
     )
     yield (
         "The unbiased series has a finite variance where the square of the spectral radius of λJ + (1 − λ)I is below "
-        "p. At one draw a step it trades bias for noise, and its error in one step may be the larger one."
+        "the survival probability p. With one draw in each step it trades bias for noise, and its error in one step "
+        "may exceed that of a truncated series."
     )
     every = {gradient: trainings(runs, gradient) for gradient in TRAINED if runs.where(gradient=gradient)}
     looks = [look for each in every.values() for look in flat(each)]
     if looks:
         longer = sum(look.figure("unbiased-5-0.5/norm_ratio") > 2 for look in looks)
         yield (
-            f"Along training its gradient is over twice as long as the exact one at {longer} of {len(looks)} looks; "
-            "one sample for which the condition fails would do that, which was not checked."
+            "During training, the gradient of the unbiased series is more than twice as long as the exact one at "
+            f"{longer} of {len(looks)} comparisons. A single sample with an infinite variance would explain that; it "
+            "was not checked."
         )
     for gradient, each in every.items():
         first, late = [first_of[0] for first_of in each], flat(trainings(runs, gradient, late=True))
@@ -401,18 +425,18 @@ def notes(config: PrecisionConfig, runs: Runs) -> Iterator[str]:
             for figure in ("spectral_radius", "upg-5-0.5/cosine")
         )
         yield (
-            f"The model {TRAINED[gradient]}: at the first look, before the first step, the Jacobian's spectral radius "
-            f"is {radii[0]:.2f} (median over samples, mean over seeds) and the cosine of UPG(5, 0.5) {cosines[0]:.2f}; "
-            f"in the second half of training they are {radii[1]:.2f} and {cosines[1]:.2f}. Above 1 the undamped series "
-            "diverges."
+            f"In the model {TRAINED[gradient]}, the Jacobian's spectral radius (median over samples, mean over seeds) "
+            f"is {radii[0]:.2f} before the first step and {radii[1]:.2f} in the second half of training; the cosine of "
+            f"UPG(5, 0.5) is {cosines[0]:.2f} and {cosines[1]:.2f}. The undamped series diverges where the spectral "
+            "radius is above 1."
         )
     if worst := [look.own["exact_residual"] for look in looks if "exact_residual" in look.own]:
-        yield f"The exact gradient's own adjoint residual is at most {max(worst):.1g} at every look."
+        yield f"The adjoint residual of the exact gradient is at most {max(worst):.1g} at every comparison."
     for gradient in every:
         last = [line.figures[-1].get("accuracy") for line in runs.where(gradient=gradient)]
         if accuracies := [accuracy for accuracy in last if accuracy is not None]:
-            yield f"Test accuracy, {TRAINED[gradient]}: {table.spread(accuracies, 1, 100)} %."
-    yield from table.missing(jobs(config), runs, "Not measured")
+            yield f"Test accuracy of the model {TRAINED[gradient]}: {table.spread(accuracies, 1, 100)} %."
+    yield from table.missing(jobs(config), runs, "These runs were not measured")
 
 
 def drawings(config: PrecisionConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
@@ -446,9 +470,9 @@ def grid(runs: Runs) -> CaptionedFigure:
     return CaptionedFigure(
         "cosine-over-steps-and-damping",
         figure,
-        "Cosine of the phantom gradients to the exact gradient on random layers whose weight has the spectral norm "
-        f"{LAYER.norm:g}: UPG as lines (mean over the seeds, the band from least to largest), NPG as circles, which "
-        "coincide with UPG where the fixed point is exact. After Geng et al. (2021), Fig. 1.",
+        "Cosine similarity of the phantom gradients to the exact gradient on random layers whose weight W has spectral "
+        f"norm {LAYER.norm:g}. Lines: UPG, mean over the seeds, with bands from minimum to maximum. Circles: NPG, "
+        "which coincides with UPG where the fixed point is exact. After Geng et al. (2021), Fig. 1.",
     )
 
 
@@ -464,9 +488,10 @@ def along(runs: Runs) -> CaptionedFigure:
     return CaptionedFigure(
         "cosine-along-training",
         figure,
-        "Cosine to the exact gradient along the training of an MDEQ, every estimator at the same weights, batches and "
-        "equilibria: mean over the seeds, the band from least to largest. Above zero the estimate is an ascent "
-        "direction. After Geng et al. (2021), Fig. 2; the adaptive and the unbiased series are beyond the paper.",
+        "Cosine similarity to the exact gradient during the training of an MDEQ, every estimator at the same weights, "
+        "batches and equilibria. Lines are means over the seeds, bands go from minimum to maximum. An estimate above "
+        "zero is an ascent direction. After Geng et al. (2021), Fig. 2; the adaptive and the unbiased series are not "
+        "in the paper.",
     )
 
 
@@ -489,8 +514,9 @@ def choices(runs: Runs) -> CaptionedFigure:
     return CaptionedFigure(
         "spectrum-and-choices",
         figure,
-        "The Jacobian's spectral radius at the equilibrium during training, and how many steps the adaptive phantom "
-        "gradient takes there for a relative residual of 0.1, with which damping.",
+        "Spectral radius of the Jacobian at the equilibrium during training (left); steps k (middle) and damping λ "
+        "(right) that the adaptive phantom gradient chooses there for a relative residual of 0.1. Lines are means over "
+        "the seeds, bands go from minimum to maximum.",
     )
 
 

@@ -191,7 +191,7 @@ MEASURING = Measuring(
     first=TRAINER,
     training=lambda config: config.puzzles,
     measure=measured,
-    show=lambda found: step_table(found, {name: ROWS[name].label for name in found}),
+    show=lambda found: step_table(found, {name: ROWS[name].label for name in found}, update=False),
     name="costs.json",
 )
 
@@ -242,39 +242,57 @@ def along(runs: Runs, name: str, last: bool) -> list[float]:
 def sheets(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[TitledTable]:
     """The accuracies and the gradients; and the cost of a step."""
     cost = costs_of(runs.named(COST))
-    yield table.sheet("", config.rows, [
+    beside_implicit = (
+        "Cosine similarity of the equilibrium's gradient to the converged implicit gradient at the same state: mean "
+        "over the measurements in the {} half of training and over the seeds."
+    )
+    yield table.sheet("Accuracy, and gradients during training", config.rows, [
         Cell("Gradient", lambda name: ROWS[name].label),
         Cell("Solved", runs.told("test.solved", 1, 100), "%",
-             "Share of test puzzles with every place right, after equal steps; mean ± deviation over seeds."),
-        Cell("Equal time", lambda name: table.spread(at_equal_time(config, runs, name), 1, 100), "%",
-             "The same in validation, when the row with the cheapest step had finished, by the step times below."),
+             "Test puzzles with every place right, after the same number of steps in every row; mean ± standard "
+             "deviation over the seeds."),
+        Cell("Solved in equal time", lambda name: table.spread(at_equal_time(config, runs, name), 1, 100), "%",
+             "Validation puzzles solved at the row's last validation before the row with the cheapest step would have "
+             "finished, by the step times below; mean ± standard deviation over the seeds."),
         Cell("Residual", runs.told("test.residual", 4), "",
-             "Mean relative residual of the test puzzles after their last segment."),
+             "Relative residual of a test puzzle after its last segment: mean over the puzzles, then mean ± standard "
+             "deviation over the seeds."),
         Cell("Cosine, first half", lambda name: table.mean(along(runs, name, last=False), ".3f"), "",
-             "Of the equilibrium's gradient to the converged implicit one at the same state, in the first half of "
-             "training."),
+             beside_implicit.format("first")),
         Cell("Cosine, second half", lambda name: table.mean(along(runs, name, last=True), ".3f"), "",
-             "The same in the second half."),
+             beside_implicit.format("second")),
         Cell("Cosine to full", lambda name: table.shown(cost[name].cosine if name in cost else None, ".3f"), "",
-             "Of the gradient in all weights to full backpropagation through the segment, at the weights of one run."),
+             "Cosine similarity of the gradient in all weights to full backpropagation through the segment, at the "
+             "weights of one run; median over the batches on which the cost of a step is measured."),
     ])  # fmt: skip
     if cost:
         labels = {name: ROWS[name].label for name in config.rows}
-        yield TitledTable("A training step", step_table(cost, labels))
+        yield TitledTable("Cost of a training step, at the same weights", step_table(cost, labels, update=False))
 
 
 def claims(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[Claim]:
     """The claims that the field disagrees on."""
     for name, other, statement in (
-        (FULL, "one-step", "Full backpropagation solves more puzzles than the one-step gradient"),
-        ("neumann", "one-step", "The attractor models' gradient solves more puzzles than the one-step gradient"),
-        ("implicit", FULL, "The implicit gradient solves as many puzzles as full backpropagation, within a point"),
+        (FULL, "one-step", "Full backpropagation solves more puzzles than the one-step gradient with every seed"),
+        (
+            "neumann",
+            "one-step",
+            "Neumann (2, 1), the attractor models' gradient, solves more puzzles than the one-step gradient with every "
+            "seed",
+        ),
+        (
+            "implicit",
+            FULL,
+            "The implicit gradient solves at most one percentage point fewer puzzles than full backpropagation",
+        ),
     ):
         if gaps := runs.gaps(name, other, "test.solved"):
             gap = 100 * fmean(gaps)
             holds = gap > -1 if other == FULL else min(gaps) > 0
             each = ", ".join(f"{100 * one:+.1f}" for one in gaps)
-            yield Claim(statement, f"{gap:+.1f} points of test accuracy ({each} by seed)", holds)
+            yield Claim(
+                statement, f"{gap:+.1f} percentage points of the test puzzles on average ({each} by seed)", holds
+            )
 
 
 def protocol(config: ReasoningGradientsConfig, runs: Runs) -> str:
@@ -282,33 +300,36 @@ def protocol(config: ReasoningGradientsConfig, runs: Runs) -> str:
     one = training(config, ROWS[config.rows[0]], config.plan.first_seed)
     chosen = one.optimization
     return (
-        f"{one.game()}: {one.training_puzzles} training puzzles, varied by symmetry, {one.held_out_puzzles} for "
-        f"validation and as many for the test. A network of width {one.width} with {one.blocks} blocks; {chosen.steps} "
-        f"segments of at most {one.equilibria.solver_steps} plain steps for each of {chosen.batch_size} puzzles, an "
-        f"AdamW update after each; a puzzle has up to {one.segments} segments in training and in the test. Moving "
-        f"average of the weights, {chosen.averaging:g}. {config.plan.seeds} seeds."
+        f"The puzzles are {one.game()}: {one.training_puzzles} for training, varied by symmetry, "
+        f"{one.held_out_puzzles} for validation and as many for the test. The network has width {one.width} and "
+        f"{one.blocks} block{'s' * (one.blocks > 1)}. A segment takes at most {one.equilibria.solver_steps} plain "
+        f"fixed-point steps on a batch of {chosen.batch_size} puzzles; a training has {chosen.steps} segments with an "
+        f"AdamW update after each, and a puzzle stays for up to {one.segments} segments, in the test too. The tested "
+        f"weights are a moving average with decay {chosen.averaging:g}. Every row has {config.plan.seeds} seeds."
     )
 
 
 def notes(config: ReasoningGradientsConfig, runs: Runs) -> Iterator[str]:
     """Notes that a reader needs."""
     yield (
-        "Full backpropagation goes through one segment, not through earlier ones, as published. Its gradient is exact "
-        "for the steps that were taken; the implicit one is exact for an equilibrium that they may not have reached."
+        "Full backpropagation goes through one segment and not through earlier ones, as published. It is the exact "
+        "gradient of the steps that were taken; the implicit gradient is exact at an equilibrium, which these steps "
+        "may not have reached."
     )
     yield (
-        "Phantom gradients by unrolling take further steps from the solver's state, and their segments are longer by "
-        "these. The reversible iteration is another one, damped, with half as many steps of two evaluations each."
+        "The unrolled phantom gradients, 'last 4 steps' among them, take further steps from the solver's state, so "
+        "that their segments are longer. The reversible row runs another iteration, which is damped and takes half as "
+        "many steps of two evaluations each."
     )
     if config.plan.scale == "cpu":
         yield (
-            f"A small record: boards of {config.side} × {config.side} and short trainings. It does not tell how the "
-            "gradients compare on large puzzles."
+            f"This record is small, with boards of {config.side} × {config.side} and short trainings. It does not tell "
+            "how the gradients compare on large puzzles."
         )
     if config.side == 4:
         yield (
-            "Boards of 4 × 4 have 36 minimal puzzles up to symmetry; the test has those of training, so that "
-            "it measures how fast a network fits."
+            "Boards of 4 × 4 have only 36 minimal puzzles up to symmetry. The test puzzles are among those of "
+            "training, so that the test measures how fast a network fits."
         )
     yield from table.still_rising(runs)
     yield from table.diverged(runs)
@@ -333,7 +354,8 @@ def drawings(config: ReasoningGradientsConfig, runs: Runs, folders: Mapping[str,
     yield CaptionedFigure(
         "gradients",
         figure,
-        "Validation accuracy, and cosine to the implicit gradient at the same state: means over seeds.",
+        "During training, mean over the seeds: validation puzzles solved (left), and cosine similarity of each "
+        "gradient to the converged implicit one at the same state (right).",
     )
 
 

@@ -162,21 +162,29 @@ def costs_of(plain: Mapping[str, Any]) -> dict[str, StepCost]:
     return {name: from_plain(StepCost, one) for name, one in plain.items()}
 
 
-def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None = None) -> Table:
-    """Tabulate the step costs of the labelled kinds."""
+TIME = "CPU time (wall time on a GPU)"
+"""How notes name the seconds of a :class:`StepCost`."""
+
+
+def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None = None, update: bool = True) -> Table:
+    """Tabulate the step costs of the labelled kinds; ``update`` if they include the optimizer's."""
     names = labels or {name: name for name in costs}
+    passes = "the forward pass, the backward pass and the update" if update else "the forward and the backward pass"
     return sheet("", [name for name in names if name in costs], [
         Cell("Model", lambda name: names[name]),
         Cell("Step", lambda name: f"{1e3 * costs[name].seconds:.2f}", "ms",
-             "Forward, backward and update: CPU time of the process (wall time on a GPU), medians, in turn."),
-        Cell("Forward", lambda name: f"{1e3 * costs[name].forward_seconds:.2f}", "ms", "The same."),
-        Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.2f}", "ms", "The same."),
+             f"{TIME} of {passes}, median over the steps; the rows take turns."),
+        Cell("Forward", lambda name: f"{1e3 * costs[name].forward_seconds:.2f}", "ms",
+             f"{TIME} of the forward pass, median over the steps."),
+        Cell("Backward", lambda name: f"{1e3 * costs[name].backward_seconds:.2f}", "ms",
+             f"{TIME} of the backward pass, median over the steps."),
         Cell("Evaluations", lambda name: f"{costs[name].forward:.1f}", "",
-             "Evaluations of the cell in the forward pass of a step."),
+             "Evaluations of the cell in the forward pass, in whole-batch equivalents; mean over the steps."),
         Cell("Products", lambda name: f"{costs[name].backward:.1f}", "",
-             "Products with the cell's Jacobian in the backward pass."),
-        Cell("Peak", lambda name: f"{costs[name].megabytes:.1f}", "MB",
-             "Memory at its peak in a step, over what was held before it."),
+             "Products with the cell's Jacobian in the backward pass, in whole-batch equivalents; mean over the steps."
+             ""),
+        Cell("Peak memory", lambda name: f"{costs[name].megabytes:.1f}", "MB",
+             "Largest memory in use during a step, less what was in use before it."),
     ]).table  # fmt: skip
 
 

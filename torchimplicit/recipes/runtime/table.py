@@ -457,12 +457,12 @@ def sooner(
         return
     reached = [(ours * steps, other * theirs) for steps, theirs in tries if steps is not None]
     if not reached:
-        yield Claim(statement, f"it never does, in {len(tries)} runs", False)
+        yield Claim(statement, f"it never reaches that quality, in {len(tries)} runs", False)
         return
     mine, its = (fmean(seconds) for seconds in zip(*reached, strict=True))
     yield Claim(
         statement,
-        f"in {len(reached)} of {len(tries)} runs it does come there, on average after {mine:.1f} s instead of "
+        f"it reaches that quality in {len(reached)} of {len(tries)} runs, on average after {mine:.1f} s instead of "
         f"{its:.1f} s",
         len(reached) == len(tries) and mine < its,
     )
@@ -474,18 +474,18 @@ def still_rising(runs: Runs) -> Iterator[str]:
     last = [line["steps"] or line["validations"][-1]["step"] for line in done]
     if rising := sum(line["best.step"] == step for line, step in zip(done, last, strict=True)):
         yield (
-            f"In {rising} of {len(done)} runs the last validation was the best: more steps would improve them, "
-            "though not equally."
+            f"In {rising} of {len(done)} runs the last validation was the best: longer training would improve these "
+            "runs, though not all by the same amount."
         )
 
 
 def diverged(runs: Runs, name: Callable[[Line], str] = lambda line: line.named) -> Iterator[str]:
     """The note about diverged runs; empty if there are none."""
     if names := [name(line) for line in runs if line["state"] == "diverged"]:
-        yield f"Diverged: {', '.join(names)}."
+        yield f"These runs diverged: {', '.join(names)}."
 
 
-def missing(jobs: Iterable[Job], runs: Runs, words: str = "Not there, or not come to an end") -> Iterator[str]:
+def missing(jobs: Iterable[Job], runs: Runs, words: str = "These runs are missing or did not finish") -> Iterator[str]:
     """The note about jobs missing from the record; empty if there are none."""
     if names := [job.name for job in jobs if not runs.named(job.name)]:
         yield f"{words}: {', '.join(names)}."
