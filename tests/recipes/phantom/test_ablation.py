@@ -96,7 +96,7 @@ def test_nothing_but_a_run_that_diverged(tmp_path):
     run.write_json("results.json", {**run.read_json("results.json"), "state": "diverged", "test": None})
     summary = TABLE.summarize(TINY, runs)
     assert summary.sheets[0].table.rows[0][1] == "–"
-    assert any("Diverged: implicit-seed0" in note for note in summary.notes)
+    assert any("These runs diverged: implicit-seed0" in note for note in summary.notes)
     assert not summary.claims
 
 

@@ -269,7 +269,7 @@ def test_the_table_sets_the_published_figures_beside_ours(small):
     assert by_row["COX2: constant answer"][1] == "78.2"
     assert all("±" in by_row[f"{name}: implicit"][1] for name in ("COX2", "PROTEINS"))
     assert all(row[5] != "–" for row in cost.rows)
-    assert [column.title for column in lengths.columns] == ["Start of W", "8 nodes", "10 nodes", "Seeds"]
+    assert [column.title for column in lengths.columns] == ["Initial W", "8 nodes", "10 nodes", "Seeds"]
     assert len(summary.drawings) == 2
     assert any("chains of 10 nodes" in claim.statement for claim in summary.claims)
     assert summary.runs.keys() == set(runs)

@@ -101,7 +101,7 @@ def test_a_record_of_some_runs(tiny, tmp_path):
     assert len(steps.table.rows) == 4 * len(KINDS)
     assert len(summary.claims) == 5
     assert {d.name for d in summary.drawings} == {"perplexity-steps", "perplexity-seconds"}
-    assert any(note.startswith("Not run: PreLN, implicit") for note in summary.notes)
+    assert any(note.startswith("These rows were not run: PreLN, implicit") for note in summary.notes)
     assert set(summary.runs) == names
     json.dumps(to_plain(summary.runs), allow_nan=False)
     measured = from_plain(Measured, runs["costs"].read_json("results.json"))
