@@ -5,25 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import tiny_transformer
 import torch
 
 import torchimplicit as ti
-from torchimplicit.models import DEQTransformer, DEQTransformerConfig
+from torchimplicit.models import DEQTransformer
 from torchimplicit.models.deq_transformer import generate, solve_by_token
 
-TINY = DEQTransformerConfig(
-    gain=0.15,
-    injection_gain=2.0,
-    vocabulary=23,
-    d_model=12,
-    heads=3,
-    d_head=4,
-    d_inner=16,
-    cutoffs=(8, 15),
-    div_val=2,
-    memory=5,
-    context=24,
-)
+TINY = replace(tiny_transformer.TINY, gain=0.15, injection_gain=2.0)
 
 
 @pytest.fixture(autouse=True)

@@ -5,32 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import tiny_transformer
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchimplicit as ti
 from torchimplicit.models import (
     DEQTransformer,
-    DEQTransformerConfig,
     deq_transformer_small,
     deq_transformer_wikitext103,
 )
 from torchimplicit.models.deq_transformer import AdaptiveEmbedding, AdaptiveSoftmax
 
 # As narrow as this the map contracts less than at its real width, so that it starts with a larger share of the input.
-TINY = DEQTransformerConfig(
-    gain=0.3,
-    injection_gain=2.0,
-    vocabulary=23,
-    d_model=12,
-    heads=3,
-    d_head=4,
-    d_inner=16,
-    cutoffs=(8, 15),
-    div_val=2,
-    memory=5,
-    context=24,
-)
+TINY = replace(tiny_transformer.TINY, gain=0.3, injection_gain=2.0)
 PRECISE = ti.Anderson(rtol=1e-13, max_steps=300)
 EXACT = ti.Implicit(linear_solver=ti.GMRES(rtol=1e-13))
 NORMALIZATIONS = ("post", "pre")

@@ -6,13 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_transformer import TINY
 
 import torchimplicit as ti
-from torchimplicit.models import DEQTransformer, DEQTransformerConfig, ExplicitTransformer
-
-TINY = DEQTransformerConfig(
-    vocabulary=23, d_model=12, heads=3, d_head=4, d_inner=16, cutoffs=(8, 15), div_val=2, memory=5, context=24
-)
+from torchimplicit.models import DEQTransformer, ExplicitTransformer
 
 
 def text(length: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,16 @@ from pathlib import Path
 
 WORDS = [f"word{i}" for i in range(40)]
 
+NARROW = {
+    "segment_length": 8,
+    "memory_length": 4,
+    "width": 16,
+    "heads": 2,
+    "head_width": 8,
+    "inner_width": 24,
+}
+"""Settings of a language recipe with a narrow model."""
+
 
 def write(folder: Path, train: int = 900, held_out: int = 200) -> Path:
     """Lines of ten words, of which some are much more frequent than others."""

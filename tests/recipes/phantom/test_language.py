@@ -39,12 +39,7 @@ def small(config: LanguageConfig, text: Path, **optimization) -> LanguageConfig:
     return replace(
         config,
         data_dir=text,
-        segment_length=8,
-        memory_length=4,
-        width=16,
-        heads=2,
-        head_width=8,
-        inner_width=24,
+        **made_up_text.NARROW,
         cutoffs=(6,) if config.corpus == "wikitext-2" else (6, 12, 20),
         cluster_factor=2,
         optimization=replace(

@@ -36,12 +36,7 @@ def tiny(tmp_path, monkeypatch) -> PhantomLanguage:
         one = usual(config, row, seed)
         return replace(
             one,
-            segment_length=8,
-            memory_length=4,
-            width=16,
-            heads=2,
-            head_width=8,
-            inner_width=24,
+            **made_up_text.NARROW,
             cutoffs=(6,),
             optimization=replace(one.optimization, batch_size=4, validate_every=1),
             validation_tokens=100,

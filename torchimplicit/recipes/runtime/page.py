@@ -209,12 +209,13 @@ def legend_beside(panel: Axes) -> None:
 
 
 def plain_ticks(figure: Figure) -> None:
-    """Label logarithmic axes of less than two decades by plain numbers: powers of ten run into each other there."""
+    """Label logarithmic axes of less than two decades by plain numbers: powers of ten run into each other there. Ticks
+    that a drawing has chosen stay."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     for axis in (axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)):
         low, high = sorted(axis.get_view_interval())
-        if axis.get_scale() == "log" and high < 100 * low:
+        if isinstance(axis.get_major_locator(), LogLocator) and high < 100 * low:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(4))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_locator(NullLocator())

@@ -181,8 +181,8 @@ def step_table(costs: Mapping[str, StepCost], labels: Mapping[str, str] | None =
         Cell("Evaluations", lambda name: f"{costs[name].forward:.1f}", "",
              "Evaluations of the cell in the forward pass, in whole-batch equivalents; mean over the steps."),
         Cell("Products", lambda name: f"{costs[name].backward:.1f}", "",
-             "Products with the cell's Jacobian in the backward pass, in whole-batch equivalents; mean over the steps."
-             ""),
+             "Products with the cell's Jacobian in the backward pass, in whole-batch equivalents; mean over the "
+             "steps."),
         Cell("Peak memory", lambda name: f"{costs[name].megabytes:.1f}", "MB",
              "Largest memory in use during a step, less what was in use before it."),
     ]).table  # fmt: skip
