@@ -983,8 +983,6 @@ def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run
 
 def against_time(curves: Sequence[Points]) -> Figure:
     """Loss against time, a line per method: means over seeds, a point per number of steps."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     figure, (panel,) = axes()
     for index, method in enumerate(methods(curves)):
         steps = sorted({p["steps"] for one in curves for p in one["points"] if p["method"] == method})
@@ -999,9 +997,6 @@ def against_time(curves: Sequence[Points]) -> Figure:
                 panel.annotate(str(n), mean, xytext=(4, 4), textcoords="offset points", fontsize=7.5)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("CPU time (s)")
     panel.set_ylabel("loss after an exact solve")
     panel.legend()
