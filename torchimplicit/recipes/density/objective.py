@@ -132,7 +132,7 @@ class Share:
         if self.config.energy_weight:
             # at the minimum the energy's derivative through the density is nought (the envelope theorem)
             loss = loss + 0.5 * self._energy_error(case, solution.value.detach()).square()
-        loss = loss + penalty(self.config, case, self.functional, solution.value.detach(), self.generator)
+        loss = loss + penalty(self.config, case, self.functional, solution.value, self.generator)
         self._doing("gradient", case)
         (loss / self.total).backward()
         if solution.adjoint is not None:

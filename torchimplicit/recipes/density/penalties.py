@@ -21,7 +21,8 @@ def penalty(
         config: with their weights.
         case: the molecule.
         functional: in whose weights the penalty is differentiable.
-        p: the density, ``[n]``, held fixed.
+        p: the density, ``[n]``. If it depends on the weights, as a minimum does, the penalty's gradient contains that
+            dependence too: a third derivative of the energy, through the minimum.
         generator: of the random vectors.
 
     Returns:
@@ -44,10 +45,11 @@ def floor_residual(
     """The residual whose half square is the penalty on a least eigenvalue :math:`\\lambda`,
     :math:`\\sqrt{2w}\\,(1-\\lambda/\\lambda_0)_+`.
 
-    The eigenvector :math:`v` is that of the assembled Hessian, so that the residual is a function of the weights alone;
-    to first order :math:`\\lambda=v^THv` changes with the weights as if it were fixed (Hellmann and Feynman).
+    The eigenvector :math:`v` is that of the assembled Hessian, so that the residual is a function of the weights and of
+    the density; to first order :math:`\\lambda=v^THv` changes with either as if it were fixed (Hellmann and Feynman).
 
     Args:
+        p: see :func:`penalty`.
         matrix: the case's ``curvature`` at ``p``.
 
     Returns:
@@ -60,11 +62,12 @@ def floor_residual(
 
 
 class Curvature:
-    """Products with the projected Hessian in the metric's coordinates, differentiable in the weights."""
+    """Products with the projected Hessian in the metric's coordinates, differentiable in the weights and the
+    density."""
 
     def __init__(self, case: Case, functional: OrbitalFree, p: Tensor):
         self.inverse, self.normal = case.plane
-        self.p = p.detach().clone().requires_grad_()
+        self.p = p if p.requires_grad else p.detach().clone().requires_grad_()
         energy = functional(self.p, case.molecule)
         (self.slope,) = torch.autograd.grad(energy, self.p, create_graph=True)
 
