@@ -102,7 +102,13 @@ OPTIMIZERS: dict[OptimizerName, str] = {"least-squares": "Gauss–Newton", "l-bf
 MEASURE = {"van-der-pol": "iae", "four-tanks": "relative_l2", "burgers": "relative_l2", "helmholtz": "relative_l2"}
 """Error measure of an equation. The thesis reports the integral of the absolute error (IAE)."""
 
-MEASURES = {"iae": "IAE", "relative_l2": "relative error (L2)"}
+MEASURES = {"iae": "IAE", "relative_l2": "Relative error (L2)"}
+
+NOTES = {
+    "iae": "Integral of the absolute error, summed over the components,",
+    "relative_l2": "L2 norm of the error on the evaluation grid, divided by that of the reference solution",
+}
+"""What the measures are."""
 
 AIMS = {5: 1e-2, 20: 1e-3}
 """Published IAE on the Van der Pol oscillator, by number of states."""
@@ -252,21 +258,29 @@ def sheet(config: PhysicsInformedConfig, runs: Runs, equation: EquationName) -> 
 
     cells = [
         cell("Model and optimizer", lambda row: row.label),
-        cell("Weights", lambda row: str(runs.of(row, "parameters")[0])),
-        cell(MEASURES[measure], lambda row: f"{median(errors(runs, row)):.1e}", "", "median over the seeds"),
-        cell("Least–largest", lambda row: f"{min(errors(runs, row)):.1e} – {max(errors(runs, row)):.1e}"),
-        *([cell(MEASURES[other], lambda row: f"{median(runs.of(row, other)):.1e}", "", "median")] if other else []),
+        cell("Weights", lambda row: str(runs.of(row, "parameters")[0]), "", "Number of trained weights."),
+        cell(MEASURES[measure], lambda row: f"{median(errors(runs, row)):.1e}", "",
+             f"{NOTES[measure]} at the end of training, median over the seeds."),
+        cell("Least–largest", lambda row: f"{min(errors(runs, row)):.1e} – {max(errors(runs, row)):.1e}", "",
+             "Smallest and largest of these errors over the seeds."),
+        *([cell(MEASURES[other], lambda row: f"{median(runs.of(row, other)):.1e}", "",
+                f"{NOTES[other]} at the end of training, median over the seeds.")] if other else []),
         cell(f"After {config.equal_iterations} iterations", lambda row: _equal(runs, row), "",
-             f"{MEASURES[measure]}, median, Gauss–Newton"),
-        cell("Loss", lambda row: f"{middle(runs, 'loss')(row):.1e}", "", "median, at the end"),
-        cell("Held-out loss", lambda row: f"{held_out(runs, row):.1e}", "", "median; the equation at other points"),
-        cell("Iterations", lambda row: f"{middle(runs, 'iterations')(row):.0f}", "", "median"),
-        cell("An iteration", lambda row: f"{pace(runs, row):.1f}", "ms", "of the processor's time, median"),
-        cell("Seconds", lambda row: f"{middle(runs, 'seconds')(row):.1f}", "s",
-             "median; less than the budget where the optimizer found nothing more to gain"),
+             f"{MEASURES[measure]} after {config.equal_iterations} iterations of Gauss–Newton, median over the seeds."),
+        cell("Loss", lambda row: f"{middle(runs, 'loss')(row):.1e}", "",
+             "Training loss at the end, median over the seeds."),
+        cell("Held-out loss", lambda row: f"{held_out(runs, row):.1e}", "",
+             "Loss at collocation points that were not trained on, median over the seeds."),
+        cell("Iterations", lambda row: f"{middle(runs, 'iterations')(row):.0f}", "",
+             "Iterations of the optimizer, median over the seeds."),
+        cell("Iteration time", lambda row: f"{pace(runs, row):.1f}", "ms",
+             "CPU time of an iteration, median over the seeds."),
+        cell("Training time", lambda row: f"{middle(runs, 'seconds')(row):.1f}", "s",
+             "CPU time of the training, median over the seeds; below the budget where the optimizer ended by itself."),
         cell("Not found", lambda row: f"{max(runs.of(row, 'unconverged')):.1%}", "",
-             "largest share of the grid's points without an equilibrium"),
-        cell("Seeds", lambda row: str(len(runs.where(row=row)))),
+             "Points of the evaluation grid at which no equilibrium was found after training, the largest share of any "
+             "seed."),
+        cell("Seeds", lambda row: str(len(runs.where(row=row))), "", "Number of finished runs."),
     ]  # fmt: skip
     return table.sheet(EQUATIONS[equation].title, [*there(config, runs, equation), None], cells)
 
@@ -304,9 +318,9 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
                 seconds = settings_of(config, row.equation, row.model, row.optimizer, 0).seconds
                 medians = errors(runs, row)
                 yield Claim(
-                    f"Van der Pol, {states} states, {OPTIMIZERS[row.optimizer]}: IAE at most {aim:g} with every seed, "
-                    f"in {seconds:g} s",
-                    f"largest of {len(medians)} seeds {max(medians):.1e}, median {median(medians):.1e}",
+                    f"Van der Pol oscillator: the equilibrium with {states} states reaches an IAE of at most {aim:g} "
+                    f"by {OPTIMIZERS[row.optimizer]} in {seconds:g} s with every seed",
+                    f"the largest of {len(medians)} seeds is {max(medians):.1e}, the median {median(medians):.1e}",
                     max(medians) <= aim,
                 )
     for equation in equations(config):
@@ -315,8 +329,8 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
         for states in AIMS:
             pair = [best(runs, rows, kind, states) for kind in ("equilibrium", "network")]
             yield from _compared(
-                f"{title}, equal time: the equilibrium with {states} states is at least as accurate as the network of "
-                "its size, bound and optimizer by the held-out loss",
+                f"{title}: in equal time, the equilibrium with {states} states is at least as accurate as the network "
+                "of its size, each with the bound and optimizer of the least held-out loss",
                 runs,
                 pair,
                 MEASURE[equation],
@@ -324,8 +338,9 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
             newton = [row for row in rows if row.optimizer == "least-squares"]
             pair = [best(runs, newton, kind, states) for kind in ("equilibrium", "network")]
             yield from _compared(
-                f"{title}, {config.equal_iterations} Gauss–Newton iterations each: the equilibrium with {states} "
-                "states is at least as accurate as the network of its size",
+                f"{title}: after {config.equal_iterations} Gauss–Newton iterations, the equilibrium with {states} "
+                "states is at least as accurate as the network of its size, each with the bound of the least held-out "
+                "loss",
                 runs,
                 pair,
                 f"equal.{MEASURE[equation]}",
@@ -333,7 +348,8 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
         free, bounded = (Row(equation, f"equilibrium-20{name}", "least-squares") for name in ("", "-bound-1"))
         if free in rows and bounded in rows:
             yield from _compared(
-                f"{title}: 20 states are at least as accurate without a bound as with bound 1, in equal time",
+                f"{title}: in equal time, the equilibrium with 20 states is at least as accurate without a bound as "
+                "with bound 1",
                 runs,
                 [free, bounded],
                 MEASURE[equation],
@@ -342,8 +358,8 @@ def claims(config: PhysicsInformedConfig, runs: Runs) -> Iterator[Claim]:
     if free_runs:
         worst = max(line["unconverged"] for line in free_runs)
         yield Claim(
-            "Without a bound, every point of the grid has an equilibrium at the end of every run",
-            f"largest share without {worst:.1%} of {len(free_runs)} runs",
+            "Without a bound, an equilibrium is found at every point of the evaluation grid after every training",
+            f"the largest share of points without one is {worst:.1%} in {len(free_runs)} runs",
             worst == 0,
         )
 
@@ -354,7 +370,7 @@ def _compared(statement: str, runs: Runs, pair: list[Row | None], path: str) -> 
     if len(rows) == 2 and all(errors_of):
         medians = [median(each) for each in errors_of]
         texts = [f"{e:.1e} ({row.label})" for e, row in zip(medians, rows, strict=True)]
-        yield Claim(statement, f"median error {' against '.join(texts)}", medians[0] <= medians[1])
+        yield Claim(statement, f"median errors {' against '.join(texts)}", medians[0] <= medians[1])
 
 
 def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
@@ -362,7 +378,7 @@ def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
     parts = []
     for equation in equations(config):
         chosen = settings_of(config, equation, "equilibrium-5", optimizers(config)[0], 0)
-        parts.append(f"{EQUATIONS[equation].title} {chosen.seconds:g} s and {chosen.points} points")
+        parts.append(f"{EQUATIONS[equation].title}: {chosen.seconds:g} s and {chosen.points} points")
     rate = settings_of(config, equations(config)[0], "equilibrium-5", "adam", 0).learning_rate
     ways = {
         "least-squares": "Gauss–Newton is SciPy's trust region (trf) with exact Jacobians",
@@ -370,10 +386,11 @@ def protocol(config: PhysicsInformedConfig, runs: Runs) -> str:
         "adam": f"Adam's learning rate is {rate:g}, with a cosine over the time",
     }
     return (
-        "Every model and optimizer gets the same time of one processor core, and the same collocation points, all at "
-        f"once: {'; '.join(parts)}. {config.plan.seeds} seeds each, double precision. "
-        f"{'; '.join(ways[name] for name in optimizers(config))}. Reference solutions: SciPy's DOP853 to 1e-12, the "
-        "Cole–Hopf transform, a closed form. No model has seen them."
+        "On each equation, every model and optimizer gets the same CPU time on one core and the same collocation "
+        f"points, all of them in every iteration ({'; '.join(parts)}). Every row has {config.plan.seeds} seeds, in "
+        f"double precision. {'; '.join(ways[name] for name in optimizers(config))}. Errors are measured against "
+        "reference solutions that no model has seen: SciPy's DOP853 to 1e-12 for the ordinary equations, the Cole–Hopf "
+        "transform for Burgers' equation and a closed form for Helmholtz' equation."
     )
 
 
@@ -387,40 +404,41 @@ def notes(config: PhysicsInformedConfig, runs: Runs) -> Iterator[str]:
             of_kind = [row for row in ranked if (MODELS[row.model].states is None) == (kind == "network")]
             for row in of_kind[:1]:
                 sentences.append(
-                    f"of the {kind} models, {MODELS[row.model].label} with {OPTIMIZERS[row.optimizer]} has an error of "
+                    f"the {kind} with the least training loss ({row.label}) has a median error of "
                     f"{median(errors(runs, row)):.1e}"
                 )
         if sentences:
-            yield f"{title}, by the least training loss: {'; '.join(sentences)} in the median."
+            yield f"{title}: {', '.join(sentences)}."
         one, other = (Row(equation, f"{kind}-20", "least-squares") for kind in ("equilibrium", "network"))
         if one in ranked and other in ranked:
             paces.append(f"{title} {pace(runs, one):.0f} against {pace(runs, other):.0f} ms")
     if paces:
         yield (
-            "A Gauss–Newton iteration of the equilibrium with 20 states takes, against that of the network of its "
-            f"size: {', '.join(paces)}. It solves for the equilibrium anew, and a system for each derivative and "
-            "each gradient; a network has nothing to solve."
+            "Time of a Gauss–Newton iteration with 20 states, the equilibrium against the network of its size: "
+            f"{', '.join(paces)}. In an iteration, an equilibrium model solves for its equilibrium and one linear "
+            "system for each derivative and each gradient; a network solves nothing."
         )
     rejected = sum(runs.column("rejected"))
     yield (
-        "A bound keeps the Frobenius norm of the coupling B below it; with 1 the map contracts at all weights that an "
-        "optimizer may try, and the model is nearly one layer. Without, an equilibrium is followed from one step of "
-        "the weights to the next, and to points nearby; a step at which one is lost is rejected. Over all runs "
-        f"{rejected} steps were. The thesis penalizes the Jacobian instead."
+        "A bound limits the Frobenius norm of the coupling matrix B. With bound 1 the map contracts for all weights "
+        "that an optimizer may try, and the model is nearly a single layer. Without a bound, an equilibrium is "
+        "followed from one step of the weights to the next and to nearby points, and a step that loses one is "
+        f"rejected; this happened {rejected} times over all runs. The thesis penalizes the Jacobian instead."
     )
     yield (
-        "Published (the Van der Pol oscillator alone, Adam): plain networks can reach the lower error, as they do "
-        "here, and the equilibrium is called competitive. There is no published table for comparison."
+        "The published comparison is of the Van der Pol oscillator alone, by Adam: plain networks can reach the lower "
+        "error, as they do here, and the equilibrium is called competitive. There is no published table to compare "
+        "with."
     )
     yield (
-        "Time is the processor's, of one core, and errors are measured outside of it. Every run is counted, with its "
-        "last weights; the error against the reference solution selects nothing."
+        "Times are CPU times on one core and do not include the measurement of errors. Every run counts, with its last "
+        "weights; nothing is selected by the error."
     )
     yield (
         "The loss is that of the thesis without its Jacobian penalty: the mean square of the initial or boundary "
-        "residual (ten times that on Helmholtz' equation) and a tenth of that of the equation. Points are fewer than "
-        "in the thesis and do not change, so that the residuals are one vector, which Gauss–Newton needs; Adam's "
-        "learning rate is higher and falls along a cosine."
+        "residual (ten times that for Helmholtz' equation) plus a tenth of the mean square of the equation's residual. "
+        "There are fewer points than in the thesis and they stay the same, since Gauss–Newton needs one vector of "
+        "residuals. Adam's learning rate is higher than in the thesis and follows a cosine."
     )
     order = [row for equation in equations(config) for row in rows(config, equation)]
     asked = sorted(jobs(config), key=lambda job: (order.index(job.key["row"]), job.key["seed"]))
@@ -442,11 +460,11 @@ def drawings(config: PhysicsInformedConfig, runs: Runs, folders: Mapping[str, Ru
                 settings = settings_of(config, equation, line["row"].model, optimizer, seed)
                 shown[line["row"].model] = values(restored(settings, folders[line.name]), EQUATIONS[equation])
         if shown:
-            caption = f"{title}: the solution found, and its error; {OPTIMIZERS[optimizer]}, seed {seed}."
+            caption = f"{title}: solution and error of models trained by {OPTIMIZERS[optimizer]} with seed {seed}."
             figure = (_lines if ordinary(equation) else _maps)(equation, shown)
             yield CaptionedFigure(f"{equation}-solution", figure, caption)
         caption = (
-            f"{title}: the error along every run, against CPU time; plain networks are dashed, bounded "
+            f"{title}: error of every run against CPU time. Lines of plain networks are dashed, those of bounded "
             "equilibria dotted."
         )
         yield CaptionedFigure(
@@ -467,7 +485,7 @@ def against_seconds(runs: Runs, folders: Mapping[str, Run], equation: EquationNa
             label = None if model in named else MODELS[model].label
             panel.plot(seconds, values, linewidth=1.1, label=label, **_look(model))
             named.add(model)
-        panel.set(title=OPTIMIZERS[optimizer], xscale="log", yscale="log", xlabel="seconds of the processor's time")
+        panel.set(title=OPTIMIZERS[optimizer], xscale="log", yscale="log", xlabel="CPU seconds")
     low = min(panel.get_ylim()[0] for panel in panels)
     high = max(panel.get_ylim()[1] for panel in panels)
     for panel in panels:
@@ -487,7 +505,7 @@ def _lines(name: EquationName, predictions: dict[str, Array]) -> Figure:
     shown = "equilibrium-5" if "equilibrium-5" in predictions else next(iter(predictions))
     figure, (left, other) = axes(2, width=5.4)
     lines(left, equation, predictions[shown])
-    left.set_title(f"{MODELS[shown].label} (lines), trusted (dots)")
+    left.set_title(f"{MODELS[shown].label} (lines), reference (dots)")
     for model, prediction in predictions.items():
         gap = np.maximum(np.abs(prediction - right).max(1), 1e-17)
         other.plot(grid[:, 0], gap, linewidth=1.2, label=MODELS[model].label, **_look(model))

@@ -135,20 +135,23 @@ def sheets(config: PhysicsInverseConfig, runs: Runs) -> Iterator[TitledTable]:
         values = runs.of(pair[0], "errors.relative_l2")
         return f"{median(values):.1e}" if values else table.NONE
 
-    yield table.sheet("Parameters", unknowns, [
+    yield table.sheet("Estimated parameters", unknowns, [
         Cell("Equation", lambda pair: runs.of(pair[0], "title")[0]),
         Cell("Model", lambda pair: pair[0].model),
-        Cell("Noise", lambda pair: noise(pair[0]), "", "of the values, as a share of their deviation"),
+        Cell("Noise", lambda pair: noise(pair[0]), "",
+             "Standard deviation of the noise in the given values, relative to the values' own."),
         Cell("Parameter", lambda pair: pair[1]),
-        Cell("True", lambda pair: table.NONE if true(pair) is None else f"{true(pair):.5g}"),
-        Cell("Found", lambda pair: f"{fmean(of(pair)):.5g}", "", "mean over the seeds"),
+        Cell("True", lambda pair: table.NONE if true(pair) is None else f"{true(pair):.5g}", "",
+             "Value of the parameter with which the given values were made."),
+        Cell("Found", lambda pair: f"{fmean(of(pair)):.5g}", "", "Estimate of the parameter, mean over the seeds."),
         Cell("Deviation", lambda pair: f"{stdev(of(pair)):.1e}" if len(of(pair)) > 1 else table.NONE, "",
-             "over the seeds: other initial weights, points, and noise"),
-        Cell("Off by", bias, "", "the mean less the true value"),
-        Cell("Relative error (L2)", error, "", "of the solution, median"),
+             "Standard deviation of the estimate over the seeds, which differ in initial weights, points and noise."),
+        Cell("Bias", bias, "", "Mean of the estimates less the true value."),
+        Cell("Relative error (L2)", error, "",
+             "L2 norm of the solution's error, divided by that of the reference solution; median over the seeds."),
         Cell("Held-out loss", lambda pair: f"{median(runs.of(pair[0], 'validation') or [float('nan')]):.1e}", "",
-             "median; the equation at other points"),
-        Cell("Seeds", lambda pair: str(len(of(pair)))),
+             "Loss at collocation points that were not trained on, median over the seeds."),
+        Cell("Seeds", lambda pair: str(len(of(pair))), "", "Number of finished runs."),
     ])  # fmt: skip
 
 
@@ -161,10 +164,10 @@ def claims(config: PhysicsInverseConfig, runs: Runs) -> Iterator[Claim]:
                 off, bar = fmean(each) - known[0], stdev(each) / len(each) ** 0.5
                 exact = noise(row) == "0 %"
                 yield Claim(
-                    f"{runs.of(row, 'title')[0]}, {row.model}, noise {noise(row)}: "
-                    + ("every seed is within 1 % of" if exact else "the mean is within three standard errors of")
-                    + f" the true {name}",
-                    f"{fmean(each):.5g} ± {bar:.1e}, true {known[0]:.5g}",
+                    f"{runs.of(row, 'title')[0]}, {row.model}, {noise(row)} noise: "
+                    + ("the estimate of every seed" if exact else "the mean estimate")
+                    + f" is within {'1 %' if exact else 'three standard errors'} of the true {name}",
+                    f"{fmean(each):.5g} ± {bar:.1e} (mean and standard error), the true value is {known[0]:.5g}",
                     max(abs(one - known[0]) for one in each) <= 0.01 * abs(known[0]) if exact else abs(off) <= 3 * bar,
                 )
 
@@ -172,23 +175,28 @@ def claims(config: PhysicsInverseConfig, runs: Runs) -> Iterator[Claim]:
 def protocol(config: PhysicsInverseConfig, runs: Runs) -> str:
     """Describe what was run, and how the figures were selected."""
     return (
-        f"{config.iterations} iterations of Gauss–Newton in the weights and the parameters together, from "
-        f"{config.ordinary_points} collocation points (ordinary) or {config.partial_points} (partial) and the values; "
-        f"{config.plan.seeds} seeds, each with its own initial weights, points and noise; double precision. The "
-        "oscillator: 30 values of the first component, no start is given. Burgers: 100 scattered values, beside the "
-        "initial and boundary conditions; the logarithm of the viscosity is found. The equilibrium has 20 states and "
-        f"{'no bound' if config.bound is None else f'the bound {config.bound:g}'}, the network two hidden layers of 20."
+        f"Weights and parameters are fitted together by {config.iterations} iterations of Gauss–Newton, to the "
+        f"equation at {config.ordinary_points} collocation points (ordinary) or {config.partial_points} (partial) and "
+        f"to noisy values of its solution. There are {config.plan.seeds} seeds, each with its own initial weights, "
+        "points and noise; everything is in double precision. The oscillator has 30 values of the first component and "
+        "no initial condition. Burgers' equation has 100 scattered values beside its initial and boundary conditions, "
+        "and the logarithm of the viscosity is estimated. The equilibrium has 20 states and "
+        f"{'no bound' if config.bound is None else f'the bound {config.bound:g}'}; the network has two hidden layers "
+        "of width 20."
     )
 
 
 def notes(config: PhysicsInverseConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     yield (
-        "The deviation over seeds is the error bar: it holds what other noise, other points and other initial weights "
-        "change, and not what a wrong equation would."
+        "The standard deviation over the seeds is the error bar of one estimate. It covers noise, collocation points "
+        "and initial weights, and not an error in the equation."
     )
     lost = max(runs.column("unconverged"), default=0.0)
-    yield f"The largest share of the grid's points at which an equilibrium was not found at the end is {lost:.1%}."
+    yield (
+        f"At most {lost:.1%} of the points of the evaluation grid are without an equilibrium after training, over all "
+        "runs."
+    )
     yield from table.left_out(jobs(config), runs, "not done or diverged, and left out")
 
 
@@ -215,13 +223,14 @@ def drawings(config: PhysicsInverseConfig, runs: Runs, folders: Mapping[str, Run
     yield CaptionedFigure(
         "parameters",
         figure,
-        "Estimates of every seed (dots), mean and deviation (squares), and the true value (dotted); below, the noise.",
+        "Estimated parameter of every seed (dots), mean and standard deviation over the seeds (squares), and the true "
+        "value (dotted line), by model and noise.",
     )
 
 
 TABLE = table.published(
     globals(),
     title="Parameters of differential equations from noisy values",
-    source="An inverse problem as in Raissi et al. 2019, for equilibrium models and plain networks; not published for "
-    "the former.",
+    source="An inverse problem as in Raissi et al. 2019, for equilibrium models and plain networks. Nothing is "
+    "published for equilibrium models.",
 )

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from torchimplicit.recipes.runtime.run import Run
 
 CAPTIONS = {
-    "solution": "What was found (lines, or the field on the left), and the trusted solution, if there is one (dots, or "
-    "on the right).",
-    "error": "The absolute error.",
-    "training": "The loss and the relative error in the mean square, against iterations and against seconds.",
+    "solution": "The solution that was found (lines, or the field on the left), and the reference solution, if there "
+    "is one (dots, or the field on the right).",
+    "error": "Absolute error against the reference solution.",
+    "training": "Loss and relative error (L2) against iterations (left) and against seconds (right).",
 }
 
 
@@ -37,7 +37,7 @@ def figures(results: Results, equation: Equation, values: Array) -> dict[str, Fi
         elif len(equation.inputs) == 2:
             both = {f"{name}": values[:, i] for i, name in enumerate(equation.outputs)}
             if right is not None:
-                both = {"found": values[:, 0], "trusted": right[:, 0]}
+                both = {"found": values[:, 0], "reference": right[:, 0]}
             drawn["solution"], plots = axes(len(both), width=4.6, height=3.8)
             for plot, (name, one) in zip(plots, both.items(), strict=True):
                 colours(plot, equation, one, name, cmap="RdBu_r")
