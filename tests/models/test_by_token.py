@@ -9,7 +9,7 @@ import tiny_transformer
 import torch
 
 import torchimplicit as ti
-from torchimplicit.models import DEQTransformer
+from torchimplicit.models import DEQTransformer, ExplicitTransformer
 from torchimplicit.models.deq_transformer import generate, solve_by_token
 
 TINY = replace(tiny_transformer.TINY, gain=0.15, injection_gain=2.0)
@@ -91,6 +91,31 @@ class TestGenerate:
         found = generate(model, words(4), 5, generator=torch.Generator().manual_seed(1))
         loss, _ = model(found.tokens[:, :-1], found.tokens[:, 1:])
         torch.testing.assert_close(found.log_probabilities, -loss[:, 3:], rtol=1e-9, atol=1e-9)
+
+    def test_of_layers_with_weights_of_their_own(self):
+        model = ExplicitTransformer(TINY, 3).double().eval()
+        prompt = words()
+        cached, whole = (generate(model, prompt, 6, temperature=0, cache=cache) for cache in (True, False))
+        assert torch.equal(cached.tokens, whole.tokens)
+        torch.testing.assert_close(cached.log_probabilities, whole.log_probabilities, rtol=1e-9, atol=1e-9)
+        assert whole.evaluations == 3 * (10 + 15) / 2
+
+    def test_a_looped_layer_has_no_fixed_point_to_keep(self):
+        solver = ti.FixedPointIteration(steps=2)
+        model = DEQTransformer(TINY, solver=solver, gradient=ti.Unrolled()).double().eval()
+        with pytest.raises(ValueError, match="cache=False"):
+            generate(model, words(), 1)
+        found = generate(model, words(4), 5, cache=False, generator=torch.Generator().manual_seed(1))
+        loss, _ = model(found.tokens[:, :-1], found.tokens[:, 1:])
+        torch.testing.assert_close(found.log_probabilities, -loss[:, 3:], rtol=1e-9, atol=1e-9)
+
+    def test_tokens_that_may_not_be_drawn(self):
+        model = made()
+        prompt = words(4, batch=1).expand(300, -1)
+        three = generate(model, prompt, 1, top=3, generator=torch.Generator().manual_seed(0)).tokens[:, -1].unique()
+        assert len(three) == 3
+        rest = generate(model, prompt, 1, top=3, exclude=three.tolist(), generator=torch.Generator().manual_seed(0))
+        assert not torch.isin(rest.tokens[:, -1], three).any()
 
     def test_draws_follow_the_temperature(self):
         model = made()

@@ -203,6 +203,7 @@ COMMANDS = {
     "finetune": "Fine-tune a pre-trained density functional on the densities at its minima.",
     "train": "Train a recipe.",
     "reproduce": "Reproduce a published table or figure.",
+    "generate": "Continue a text with a trained language model.",
     "restore": "Restore a degraded picture with a decoder trained on similar ones.",
     "resume": "Continue an interrupted run.",
     "evaluate": "Measure a trained run again.",
@@ -241,6 +242,7 @@ def parse(argv: list[str]) -> Command:
         "density": _of("density.apply", "Apply") if named == "density" else Deferred,
         "train": Train[_one_of(registry.RECIPES, chosen["train"])],  # type: ignore[misc]
         "reproduce": Reproduce[_one_of(registry.TABLES, chosen["reproduce"])],  # type: ignore[misc]
+        "generate": _of("phantom.generate", "Generate") if named == "generate" else Deferred,
         "restore": _of("joint.restore", "Restore") if named == "restore" else Deferred,
         "resume": Resume,
         "evaluate": Evaluate,

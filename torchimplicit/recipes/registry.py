@@ -34,6 +34,8 @@ RECIPES = {
         "Three gradient estimators side by side on 8×8 digits, with pictures, in under three minutes."),
     "digits": Entry("phantom.demo", "digits", "",
         "One convolutional equilibrium classifier of 8×8 digits, with the estimator of your choice."),
+    "language-python": Entry("phantom.language", "python", "RUNNER",
+        "A small DEQ transformer that writes like Python's manual, in minutes on a CPU, without a download."),
     "language-wikitext2": Entry("phantom.language", "wikitext2", "RUNNER",
         "A small DEQ transformer on WikiText-2, or a text of your own, minutes on a CPU."),
     "language-wikitext103": Entry("phantom.language", "wikitext103", "RUNNER",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,16 @@ from running import assert_resumes
 
 from torchimplicit import cli
 from torchimplicit.models import deq_transformer_wikitext103
-from torchimplicit.recipes.phantom.language import RUNNER, LanguageConfig, LanguageTask, wikitext2, wikitext103
+from torchimplicit.recipes import registry
+from torchimplicit.recipes.phantom.language import (
+    RUNNER,
+    LanguageConfig,
+    LanguageTask,
+    place,
+    python,
+    wikitext2,
+    wikitext103,
+)
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import RunOptions, create
 from torchimplicit.recipes.runtime.settings import Machine, from_plain, to_plain
@@ -153,6 +163,67 @@ def test_held_out_texts_may_be_shortened(text):
     assert task.held_out["test"].rows.numel() == 80
 
 
+def test_a_vocabulary_smaller_than_the_clusters_has_one(text):
+    config = replace(small(wikitext2(), text), tokenizer="characters", vocabulary=None, cutoffs=(2000,))
+    assert LanguageTask(config).model.config.cutoffs == ()
+
+
+def test_the_bundled_text_is_read_without_a_download(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = replace(small(python(), text, steps=1), data_dir=None, validation_tokens=200, test_tokens=200)
+    assert train(config, tmp_path / "run").state == "complete"
+    assert '"assert" statement' in place(config).read_text(encoding="utf-8")
+    paragraphs = place(config).read_text(encoding="utf-8").split("\n\n")
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("architecture", ["equilibrium", "looped", "stack"])
+    def test_a_text_goes_on_without_the_data(self, architecture, text, tmp_path, capsys):
+        train(replace(small(wikitext2(), text), architecture=architecture, depth=2), tmp_path / "run")
+        shutil.rmtree(text)
+        command = ["generate", str(tmp_path / "run"), "--prompt", "word1 word2", "--tokens", "5", "--seed", "3"]
+        assert cli.main(command) == 0
+        first = capsys.readouterr().out
+        written, _, rest = first.partition("─")
+        assert written.startswith("word1 word2")
+        assert len(written.replace("\n", " \n ").split(" ")) >= 5
+        assert "<unk>" not in written
+        assert "evaluations of a layer for each token" in rest
+        assert cli.main(command) == 0
+        assert capsys.readouterr().out == first
+
+    def test_characters_and_lines_are_joined_as_they_were_cut(self, text, tmp_path, capsys):
+        config = replace(small(wikitext2(), text), tokenizer="characters", vocabulary=None)
+        train(config, tmp_path / "run")
+        assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "word1\nwo", "--tokens", "3"]) == 0
+        assert capsys.readouterr().out.startswith("word1\nwo")
+
+    def test_an_unknown_word_is_named(self, text, tmp_path, capsys):
+        train(small(wikitext2(), text), tmp_path / "run")
+        assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "word1 nonsense", "--tokens", "2"]) == 0
+        assert "Not in the vocabulary, read as <unk>: nonsense" in capsys.readouterr().out
+
+    def test_a_run_of_an_earlier_version_reads_its_text(self, text, tmp_path):
+        train(small(wikitext2(), text), tmp_path / "run")
+        (tmp_path / "run" / "vocabulary.json").unlink()
+        assert cli.main(["generate", str(tmp_path / "run"), "--tokens", "2"]) == 0
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [(["--tokens", "0"], "--tokens"), (["--temperature", "-1"], "--temperature"), (["--top", "0"], "--top")],
+    )
+    def test_bad_input(self, words, message, tmp_path, capsys):
+        assert cli.main(["generate", str(tmp_path), *words]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_another_run_is_refused(self, tmp_path, capsys):
+        run = create("digits", RunOptions(output=tmp_path / "run"))
+        run.describe("digits", registry.settings("digits"))
+        assert cli.main(["generate", str(tmp_path / "run")]) == 2
+        assert "is no language model" in capsys.readouterr().err
+
+
 class TestBadInput:
     def test_no_folder(self, tmp_path, capsys):
         assert cli.main(["train", "language-wikitext2", "--data-dir", str(tmp_path / "nowhere")]) == 2
@@ -178,5 +249,5 @@ class TestBadInput:
         assert "--segment-length 300 and --memory-length 32 are together longer than --context-length 256" in message
 
     def test_a_model_that_cannot_be(self, capsys):
-        assert cli.main(["train", "language-wikitext2", "--vocabulary", "1500"]) == 2
+        assert cli.main(["train", "language-wikitext2", "--cutoffs", "9", "9"]) == 2
         assert "rise strictly" in capsys.readouterr().err

@@ -189,22 +189,17 @@ def archive(tmp_path, monkeypatch) -> Download:
 
 
 def test_it_is_downloaded_once(archive, tmp_path):
-    folder = wikitext.folder_of(archive, None)
+    folder = wikitext.folder_of(archive)
     assert folder == tmp_path / "cache" / "torchimplicit" / "wikitext-9"
     assert read(folder).words == read(tmp_path / "text").words
     assert not list(folder.glob("*.part"))
     (tmp_path / "made-up.zip").unlink()
-    assert wikitext.folder_of(archive, None) == folder
-
-
-def test_a_folder_of_ones_own_comes_first(archive, tmp_path):
-    assert wikitext.folder_of(archive, tmp_path / "text") == tmp_path / "text"
-    assert not (tmp_path / "cache").exists()
+    assert wikitext.folder_of(archive) == folder
 
 
 def test_a_download_with_another_checksum_is_refused(archive, tmp_path):
     with pytest.raises(UserError, match="SHA-256"):
-        wikitext.folder_of(replace(archive, sha256="0" * 64), None)
+        wikitext.folder_of(replace(archive, sha256="0" * 64))
     assert not list((tmp_path / "cache").rglob("*.tokens"))
 
 
@@ -213,7 +208,7 @@ def test_a_damaged_archive_is_named(archive, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     damaged = replace(archive, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(UserError, match=r"wikitext-9-v1\.zip is no zip file"):
-        wikitext.folder_of(damaged, None)
+        wikitext.folder_of(damaged)
 
 
 def test_another_archive_is_named(archive, tmp_path):
@@ -222,4 +217,4 @@ def test_another_archive_is_named(archive, tmp_path):
         packed.writestr("readme", "nothing here")
     other = replace(archive, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(UserError, match=r"holds no wiki\.train\.tokens"):
-        wikitext.folder_of(other, None)
+        wikitext.folder_of(other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -28,7 +28,16 @@ from torchimplicit.models.deq_transformer import Injection, LanguageModel, Memor
 from torchimplicit.nn import LearnedStart
 from torchimplicit.problems import FixedPoint
 from torchimplicit.recipes.phantom import language_data as wikitext
-from torchimplicit.recipes.phantom.language_data import Segment, Stream, Text, read, sources, tokenizer
+from torchimplicit.recipes.phantom.language_data import (
+    Segment,
+    Stream,
+    Text,
+    folder_of,
+    python_reference,
+    read,
+    sources,
+    tokenizer,
+)
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.run import Run, device, quietly, threads
 from torchimplicit.recipes.runtime.settings import Equilibria, Machine, Optimization, not_negative, option, positive
@@ -68,8 +77,9 @@ class LanguageConfig:
     equilibria: Equilibria = field(default_factory=Equilibria)
     machine: Machine = field(default_factory=Machine)
 
-    corpus: Literal["wikitext-2", "wikitext-103"] = "wikitext-2"
-    """Corpus to download if --data-dir is not given."""
+    corpus: Literal["python", "wikitext-2", "wikitext-103"] = "wikitext-2"
+    """Text to train on if --data-dir is not given: the language reference that comes with Python, or a part of
+    Wikipedia, which is downloaded."""
 
     data_dir: Path | None = None
     """Your own text: a file, or a folder with WikiText's files (word-level or raw), with train.txt, valid.txt and
@@ -113,7 +123,8 @@ class LanguageConfig:
     """Width of the feed-forward layer."""
 
     cutoffs: tuple[int, ...] = (2000,)
-    """Word ranks at which the vocabulary's clusters begin (adaptive softmax and embedding)."""
+    """Word ranks at which the vocabulary's clusters begin (adaptive softmax and embedding). Those beyond the vocabulary
+    are left out."""
 
     cluster_factor: int = 2
     """Factor by which the embeddings of each further cluster are narrower."""
@@ -165,9 +176,25 @@ class LanguageConfig:
         """The model for a vocabulary of this size."""
         try:
             settings: dict[str, Any] = {theirs: getattr(self, ours) for theirs, ours in MODEL.items()}
+            settings["cutoffs"] = tuple(rank for rank in self.cutoffs if rank < vocabulary)
             return DEQTransformerConfig(vocabulary=vocabulary, **settings)
         except (ValueError, TypeError) as error:
             raise UserError(f"there is no such model: {error}") from None
+
+
+def python() -> LanguageConfig:
+    """The characters of Python's language reference: minutes on one core, without a download."""
+    return _with_model(
+        replace(deq_transformer_small(), memory=64, cutoffs=()),
+        vocabulary=None,
+        corpus="python",
+        tokenizer="characters",
+        segment_length=64,
+        optimization=Optimization(
+            steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=50, clip_norm=1.0, validate_every=100
+        ),
+        equilibria=Equilibria(phantom_damping=0.8),
+    )
 
 
 def wikitext2() -> LanguageConfig:
@@ -221,6 +248,20 @@ def _with_model(model: DEQTransformerConfig, vocabulary: int | None = 10000, **s
 
 _ARCHIVES = {"wikitext-2": wikitext.WIKITEXT2, "wikitext-103": wikitext.WIKITEXT103}
 
+VOCABULARY = "vocabulary.json"
+"""File of a run with its words, in the order of their numbers."""
+
+
+def place(config: LanguageConfig) -> Path:
+    """The text's file or folder.
+
+    Raises:
+        UserError: it cannot be downloaded or written.
+    """
+    if config.data_dir is not None:
+        return config.data_dir
+    return python_reference() if config.corpus == "python" else folder_of(_ARCHIVES[config.corpus])
+
 
 def made(config: LanguageConfig, vocabulary: int) -> LanguageModel:
     """The model of the settings, with initial weights."""
@@ -256,6 +297,7 @@ class LanguageTask(Task):
 
     Args:
         config: settings; the text is read here.
+        words: the vocabulary, for a model that is used without its text.
 
     Raises:
         UserError: no such text, or too little of it.
@@ -263,20 +305,25 @@ class LanguageTask(Task):
 
     metric = Metric("perplexity", "", "min")
 
-    def __init__(self, config: LanguageConfig):
+    def __init__(self, config: LanguageConfig, words: Sequence[str] | None = None):
         super().__init__()
         self.config = config
-        folder = wikitext.folder_of(_ARCHIVES[config.corpus], config.data_dir)
-        corpus = read(folder, config.vocabulary, tokenizer(config.tokenizer))
-        self.size, self.unknown = len(corpus.words), corpus.unknown
+        self.words = self._read() if words is None else words
+        self.model = made(config, len(self.words))
+        self.memory: Memory | None = None
+
+    def _read(self) -> Sequence[str]:
+        """Read the text, and return its vocabulary."""
+        config = self.config
+        corpus = read(place(config), config.vocabulary, tokenizer(config.tokenizer))
+        self.unknown = corpus.unknown
         rows, length = config.optimization.batch_size, config.segment_length
         self.training_stream = Stream(corpus.train, rows, length)
         self.held_out = {
             "validation": Stream(_beginning(corpus.valid, config.validation_tokens), rows, length, whole=True),
             "test": Stream(_beginning(corpus.test, config.test_tokens), rows, length, whole=True),
         }
-        self.model = made(config, self.size)
-        self.memory: Memory | None = None
+        return corpus.words
 
     def training_batches(self, steps: range, shard: Shard) -> Iterable[Any]:
         return self._loader(self.training_stream, steps, shard)
@@ -321,11 +368,14 @@ class LanguageTask(Task):
         losses, self.memory = self.model(batch.tokens, batch.targets, None if batch.first else self.memory)
         return losses
 
+    def beside_weights(self) -> dict[str, Any]:
+        return {VOCABULARY: {"words": self.words}}
+
     def describe(self) -> str:
         tokens = self.training_stream.rows.numel()
         return (
-            f"{self.config.data_dir or self.config.corpus}: {tokens} tokens for training, {self.size} words, <unk> is "
-            f"{100 * self.unknown['valid']:.1f} % of the validation text."
+            f"{self.config.data_dir or self.config.corpus}: {tokens} tokens for training, a vocabulary of "
+            f"{len(self.words)}; <unk> is {100 * self.unknown['valid']:.1f} % of the validation text."
         )
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import sys
 import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from torchimplicit.recipes.runtime.errors import UserError
-from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, replacing, unchanged
+from torchimplicit.recipes.runtime.files import Download, cache_folder, fetch, replacing, unchanged, write_text
 
-# -- Where WikiText is found: in a folder that the user names, or in the cache, where it is downloaded once ------------
+# -- Texts in the cache: WikiText, which is downloaded, and the language reference that comes with Python --------------
 
 
 _PLACE = "https://s3.amazonaws.com/research.metamind.io/wikitext"
@@ -38,14 +39,35 @@ WIKITEXT103 = Download(
 """Word-level, as published by Merity et al. (2016, arXiv 1609.07843)."""
 
 
-def folder_of(archive: Download, data_dir: Path | None) -> Path:
-    """The folder with the three files: ``data_dir``, or the cache, into which the archive is fetched and unpacked.
+def python_reference() -> Path:
+    """What ``help()`` says of Python's syntax, about 370,000 characters, as a file in the cache.
+
+    Every version of Python has its own; the file is named after it. A paragraph that several topics share is there
+    once, so that held-out text is new.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from pydoc_data.topics import topics
+
+    version = ".".join(map(str, sys.version_info[:2]))
+    path = cache_folder("python-reference") / f"python-{version}.txt"
+    paragraphs = "\n\n".join(topics[name].strip("\n") for name in sorted(topics)).split("\n\n")
+    text = "\n\n".join(dict.fromkeys(paragraphs)) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder") from None
+    return path
+
+
+def folder_of(archive: Download) -> Path:
+    """The folder in the cache with the three files, into which the archive is fetched and unpacked.
 
     Raises:
         UserError: the archive cannot be downloaded, or is not what was published.
     """
-    if data_dir is not None:
-        return data_dir
     folder = cache_folder(archive.name.removesuffix("-v1.zip"))
     if not all((folder / file_name(split)).is_file() for split in SPLITS):
         _unpack(fetch(archive, folder), folder)
@@ -236,6 +258,24 @@ def tokenizer(chosen: str) -> Tokenize:
         return str.split
     if chosen == "characters":
         return list
+    tokenize = _defined(chosen, "tokenize")
+    if tokenize is None:
+        raise UserError(f"{chosen} must define a function 'tokenize', of a line to a list of strings")
+    return tokenize
+
+
+def joining(chosen: str) -> Callable[[Iterable[str]], str]:
+    """The function that makes a line of its tokens: the reverse of :func:`tokenizer`.
+
+    A Python file may define ``join(tokens)``; otherwise its tokens are joined by spaces, as words are.
+    """
+    if chosen == "characters":
+        return "".join
+    return " ".join if chosen == "words" else _defined(chosen, "join") or " ".join
+
+
+def _defined(chosen: str, name: str) -> Callable[[Any], Any] | None:
+    """The function that a tokenizer's file defines by this name, if any."""
     path = Path(chosen)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(
@@ -243,13 +283,10 @@ def tokenizer(chosen: str) -> Tokenize:
             f"'{chosen}'"
         )
     try:
-        tokenize = runpy.run_path(str(path)).get("tokenize")
+        function = runpy.run_path(str(path)).get(name)
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    if not callable(tokenize):
-        raise UserError(f"{path} must define a function 'tokenize', of a line to a list of strings")
-    checked: Tokenize = tokenize
-    return checked
+    return function if callable(function) else None
 
 
 def read(splits: Path | Mapping[str, Source], vocabulary: int | None = None, tokenize: Tokenize = str.split) -> Corpus:

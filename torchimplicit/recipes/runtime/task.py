@@ -146,6 +146,10 @@ class Task(nn.Module, ABC):
         """The data, in one sentence for display."""
         return ""
 
+    def beside_weights(self) -> dict[str, Any]:
+        """What the weights cannot be used without, were the data gone: JSON files of the run, by name."""
+        return {}
+
 
 # -- Which samples a step sees: a function of the step and the seed, so that training can begin at any step ------------
 

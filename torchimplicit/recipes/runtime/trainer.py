@@ -211,6 +211,8 @@ class Trainer(Runner):
         _allow_tf32(config.machine)
         if config.machine.evaluate_only:
             return self._evaluate_only(config, run, console, module, where)
+        for name, value in module.task.beside_weights().items():
+            run.write_json(name, value)
         total = config.optimization.steps
         console.print(
             f"{module.task.describe()} {total} steps on {config.machine.devices} × {where.type.upper()}; Ctrl-C "
