@@ -1,4 +1,4 @@
-"""Table: a fixed-point language model beside its explicit twins, and the perplexity over evaluations at test time."""
+"""Table: a fixed-point language model beside explicit models, and its perplexity by evaluations at test time."""
 
 from __future__ import annotations
 
@@ -235,28 +235,33 @@ def at(config: LoopedLanguageConfig, runs: Runs, row: str, count: int | str, fig
 
 def sheets(config: LoopedLanguageConfig, runs: Runs) -> Iterator[TitledTable]:
     """The models; and their perplexities over evaluations."""
-    yield table.sheet("", config.rows, [
+    yield table.sheet("Perplexity and cost", config.rows, [
         Cell("Model", lambda name: ROWS[name].label),
         Cell("Parameters", runs.first("parameters")),
         Cell("Test perplexity", lambda name: table.spread(at(config, runs, name, FULL)), "",
-             "After equal training steps, at the weights of the best validation; mean ± deviation over seeds."),
+             "Perplexity of the test text after equally many training steps, with the weights of the best validation; "
+             "mean ± standard deviation over the seeds."),
         Cell("Evaluations", lambda name: table.spread(at(config, runs, name, FULL, "evaluations")), "",
-             "Of the layer for a test segment, or the number of layers."),
+             "Evaluations of the layer for a test segment, mean ± standard deviation over the seeds. A stack has as "
+             "many as layers."),
         Cell("Training evaluations",
              lambda name: str(config.depth) if ROWS[name].stack else table.spread(runs.of(name, "costs.forward")), "",
-             "Of the layer in the forward pass of a training step; the number of layers of a stack."),
-        Cell("Step", runs.told("costs.seconds", 3), "s", "A training step, in the run's own log."),
+             "Evaluations of the layer in the forward pass of a training step, mean ± standard deviation over the "
+             "seeds. A stack has as many as layers."),
+        Cell("Step", runs.told("costs.seconds", 3), "s",
+             "Wall time of a training step: median over the steps, mean ± standard deviation over the seeds."),
     ])  # fmt: skip
     looped = [name for name in config.rows if at(config, runs, name, COUNTS[0])]
     if looped:
-        yield table.sheet("Test perplexity over evaluations", looped, [
+        yield table.sheet("Test perplexity by number of evaluations of the layer", looped, [
             Cell("Model", lambda name: ROWS[name].label),
             *(
                 Cell(str(count), lambda name, count=count: table.spread(at(config, runs, name, count)))  # type: ignore[misc]
                 for count in COUNTS
             ),
             Cell("Residual at 4", lambda name: table.spread(at(config, runs, name, 4, "residual"), 4), "",
-                 "Mean relative residual of the iterate before the last."),
+                 "Relative residual of the last iterate that was evaluated, with 4 evaluations; mean over the test "
+                 "text, then mean ± standard deviation over the seeds."),
         ])  # fmt: skip
 
 
@@ -295,32 +300,36 @@ def protocol(config: LoopedLanguageConfig, runs: Runs) -> str:
     """Describe what was run."""
     one = training(config, ROWS["equilibrium"], config.plan.first_seed)
     chosen, solve = one.optimization, one.equilibria
+    words = "all words" if one.vocabulary is None else f"the {one.vocabulary} most frequent words"
     return (
-        f"{one.corpus}, the {one.vocabulary or 'unlimited'} most frequent words; {chosen.steps} steps of "
-        f"{chosen.batch_size} × {one.segment_length} tokens with {chosen.optimizer.capitalize()} at "
-        f"{chosen.learning_rate:g}. Equilibria: {solve.solver} to {solve.tolerance:g} within {solve.solver_steps} "
-        f"steps, {solve.gradient} gradient. Looped: the same layer {config.depth} times. Stacks: {config.depth} "
-        f"layers; those of equal parameters have head and feed-forward widths divided by {config.depth}. Explicit "
-        f"models are trained by full backpropagation. Test on the first {one.test_tokens or 'all'} tokens of the test "
-        f"text. {config.plan.seeds} seeds."
+        f"Every model is trained on {one.corpus} with {words}, for {chosen.steps} steps of {chosen.batch_size} × "
+        f"{one.segment_length} tokens with {chosen.optimizer.capitalize()} at {chosen.learning_rate:g}. Equilibria are "
+        f"solved by {solve.solver.capitalize()} to {solve.tolerance:g} within {solve.solver_steps} steps and have the "
+        f"{solve.gradient} gradient. The looped model applies one layer {config.depth} times; a stack has "
+        f"{config.depth} layers, and that of equal parameters has head and feed-forward widths divided by "
+        f"{config.depth}. These explicit models are trained by backpropagation through all layers. The test is on "
+        f"{'all' if one.test_tokens is None else f'the first {one.test_tokens}'} tokens of the test text. There are "
+        f"{config.plan.seeds} seeds."
     )
 
 
 def notes(config: LoopedLanguageConfig, runs: Runs) -> Iterator[str]:
     """Notes that a reader needs."""
     yield (
-        "Published, at other scales and not comparable with these: on WikiText-103, 24.0 for a DEQ of 98M parameters "
-        "(arXiv 2111.05177) and 23.2 for a reversible DEQ of 94M with 12 evaluations (arXiv 2509.12917); elsewhere, "
-        "18.30 for attractor models of 140M against 21.48 for a transformer (arXiv 2605.12466)."
+        "Published perplexities are at other scales and not comparable with these. On WikiText-103 they are 24.0 for a "
+        "DEQ of 98M parameters (arXiv 2111.05177) and 23.2 for a reversible DEQ of 94M with 12 evaluations (arXiv "
+        "2509.12917); on another text, 18.30 for attractor models of 140M against 21.48 for a transformer (arXiv "
+        "2605.12466)."
     )
     if config.plan.scale == "cpu":
-        yield "A small part of one pass over the text: the models are far from trained, and their order may change."
+        yield "Training covers a small part of the text: the models are far from trained, and their order may change."
     yield (
-        "An evaluation costs the same in all models but the stack of equal parameters, whose whole pass costs one. "
-        "The learned start's network adds its own parameters, and its pass is not counted."
+        "An evaluation costs the same in all models except the stack of equal parameters, all of whose layers together "
+        "cost as much as one evaluation. The network that predicts the learned start adds parameters, and its "
+        "evaluation is not counted."
     )
     if config.plan.seeds < 3:
-        yield f"With {config.plan.seeds} seeds a standard deviation says little."
+        yield f"A standard deviation over {config.plan.seeds} seeds says little."
     yield from table.diverged(runs)
 
 
@@ -345,13 +354,14 @@ def drawings(config: LoopedLanguageConfig, runs: Runs, folders: Mapping[str, Run
     yield CaptionedFigure(
         "evaluations",
         figure,
-        "Test perplexity over evaluations of the layer at test time, means over seeds. A stack has as many as layers.",
+        "Test perplexity against evaluations of the layer at test time, mean over the seeds. A stack has as many as "
+        "layers.",
     )
 
 
 TABLE = table.published(
     globals(),
-    title="A fixed-point language model beside its explicit twins",
-    source="The questions of arXiv 1909.01377 (equilibrium against explicit layers), 2605.12466 (attractor models) and "
-    "2602.03024 (consistency); text, sizes and figures are ours.",
+    title="Language models: an equilibrium, a loop and stacks of layers",
+    source="Bai et al. 2019 (arXiv 1909.01377) compare equilibria with explicit layers; arXiv 2605.12466 learns the "
+    "start, and arXiv 2602.03024 trains for consistency. Text and sizes are ours.",
 )
