@@ -112,17 +112,17 @@ class TestGeneralization:
         runs = run_here(generalization.jobs(SMALL), tmp_path)
         summary = generalization.TABLE.summarize(SMALL, runs)
         assert [sheet.title for sheet in summary.sheets] == [
-            "Pixels that were not given",
-            "With the spectral bound, and free",
+            "PSNR of pixels that were not trained on",
+            "With and without the spectral bound",
             "A training step",
-            "Reaching what the explicit network of one layer ends with",
-            "One evaluation a step, against full solves",
+            "Steps and time to the final PSNR of the explicit one-layer network",
+            "One evaluation per step against full solves",
         ]
         assert {drawing.name for drawing in summary.drawings} == {"training"}
-        assert any("1.5 dB over Fourier-MFN 1L-4" in claim.statement for claim in summary.claims)
-        assert any("twice as fast as by full" in claim.statement for claim in summary.claims)
+        assert any("1.5 dB above that of Fourier-MFN 1L-4" in claim.statement for claim in summary.claims)
+        assert any("twice as fast as with full" in claim.statement for claim in summary.claims)
         assert len(summary.runs) == 7
-        assert any("stronger of its twins" in claim.statement for claim in summary.claims)
+        assert any("stronger of its explicit counterparts" in claim.statement for claim in summary.claims)
         json.dumps(to_plain(summary.runs), allow_nan=False)
 
     def test_it_is_made_of_what_is_there(self, tmp_path):

@@ -173,7 +173,7 @@ def parameters(runs: Runs) -> Cell[Any]:
 
 def trained(runs: Runs) -> Cell[Any]:
     """The column of training times."""
-    note = "Wall seconds until the best validation, mean; the machine was shared."
+    note = "Wall time until the best validation, mean over the runs; the machine was shared."
     return Cell("Training", lambda row: mean(runs.where(row=row).at_best("seconds"), ".1f"), "s", note)
 
 

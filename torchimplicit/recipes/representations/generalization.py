@@ -1,5 +1,4 @@
-"""Table: pictures from a quarter of their pixels, by implicit representations and their explicit twins (Huang et al.
-2021)."""
+"""Table: pictures from a quarter of their pixels, by implicit and explicit representations (Huang et al. 2021)."""
 
 from __future__ import annotations
 
@@ -214,19 +213,21 @@ def by_seed(config: GeneralizationConfig, runs: Runs, row: Row, kind: Kind) -> l
 def sheets(config: GeneralizationConfig, runs: Runs) -> Iterator[TitledTable]:
     """Tables of the quality, the cost of a step, and the time to reach an explicit network's quality."""
     labels = labels_of(config)
-    yield table.sheet("Pixels that were not given", OF_THE_TABLE, [
+    yield table.sheet("PSNR of pixels that were not trained on", OF_THE_TABLE, [
         Cell[Row]("Model", lambda row: labels[row]),
         parameters(runs),
         Cell("Natural", lambda row: table.spread(by_seed(config, runs, row, "natural"), 2), "dB",
-             "PSNR of the test pixels at the weights of the best validation: mean over the pictures, ± deviation over "
-             "seeds."),
-        Cell("Published", lambda row: f"{row.published('natural'):.2f}", "dB",
-             "Published, at 512 pixels and widths of 256 and 512, on other pictures."),
-        Cell("Text", lambda row: table.spread(by_seed(config, runs, row, "text"), 2), "dB", "Likewise."),
-        Cell("Published ", lambda row: f"{row.published('text'):.2f}", "dB"),
-        Cell("Over its twin",
+             "PSNR of the test pixels of natural pictures, with the weights of the best validation; mean over the "
+             "pictures, then mean ± standard deviation over the seeds."),
+        Cell("Natural, published", lambda row: f"{row.published('natural'):.2f}", "dB",
+             "Published PSNR of other pictures of 512 pixels a side, by models of widths 256 and 512."),
+        Cell("Text", lambda row: table.spread(by_seed(config, runs, row, "text"), 2), "dB",
+             "PSNR of the test pixels of pictures of text, computed in the same way."),
+        Cell("Text, published", lambda row: f"{row.published('text'):.2f}", "dB",
+             "Published PSNR of other pictures of text."),
+        Cell("Gain",
              lambda row: table.mean(runs.gaps(row, row.twin, "test.PSNR") if row.implicit else [], "+.2f"), "dB",
-             "The mean over all pictures and seeds, less that of the explicit twin."),
+             "PSNR less that of the explicit model of the same size, mean over all pictures and seeds."),
         trained(runs),
     ])  # fmt: skip
     if any(runs.where(row=row) for row in ROWS.values() if row.free):
@@ -249,14 +250,18 @@ def bounding(runs: Runs, labels: dict[Row, str]) -> TitledTable:
             [values[-1]["PSNR"] for values in runs.of(replace(row, free=free), "validations") if values], 2
         )
 
-    return table.sheet("With the spectral bound, and free", rows, [
+    return table.sheet("With and without the spectral bound", rows, [
         Cell[Row]("Model", lambda row: labels[row]),
-        Cell("Bounded", best(False), "dB", "As published; test pixels, weights of the best validation."),
-        Cell("Free", best(True), "dB"),
-        Cell("Bounded, last", last(False), "dB", "Validation pixels at the last step, as the authors report."),
-        Cell("Free, last", last(True), "dB"),
-        Cell("Over the stronger twin", lambda row: table.mean(stronger(runs, row.filter), "+.2f") if row.implicit else
-             table.NONE, "dB", "The stronger of the two implicit models less the stronger of the two explicit ones."),
+        Cell("Bounded", best(False), "dB",
+             "PSNR of the test pixels with the spectral bound, as published, and the weights of the best validation."),
+        Cell("Free", best(True), "dB", "The same without the spectral bound."),
+        Cell("Bounded, last", last(False), "dB",
+             "PSNR of the validation pixels at the last step, as the authors report it, with the bound."),
+        Cell("Free, last", last(True), "dB", "The same without the bound."),
+        Cell("Gain", lambda row: table.mean(stronger(runs, row.filter), "+.2f") if row.implicit else
+             table.NONE, "dB",
+             "PSNR of the better of the two implicit models less that of the better of the two explicit ones, mean "
+             "over the pictures and seeds."),
     ])  # fmt: skip
 
 
@@ -290,13 +295,14 @@ def reaching(runs: Runs, labels: dict[Row, str]) -> TitledTable:
         return [*line, *(f"{n:.0f}" for n in steps), *(f"{n * s:.2f}" if s else table.NONE for n, s in times)]
 
     rows = [row for row in OF_THE_TABLE if row != Row(filter=row.filter, implicit=False)]
-    return table.sheet("Reaching what the explicit network of one layer ends with", [], [
+    return table.sheet("Steps and time to the final PSNR of the explicit one-layer network", [], [
         Cell("Model", str),
-        Cell("Reached", str, "", "Runs whose validation PSNR reached the best of the explicit network."),
-        Cell("Steps", str, "", "Mean, of the runs that reached it; looked at once a segment."),
-        Cell("Its own", str, "steps", "Steps in which the explicit network reached its best, in the same runs."),
-        Cell("Time", str, "s", "The steps times what a step costs: CPU time, measured in turn."),
-        Cell("Its own ", str, "s", "Likewise."),
+        Cell("Reached", str, "", "Runs whose validation PSNR reached the best one of the explicit network."),
+        Cell("Steps", str, "", "Steps until then, mean over these runs; the PSNR is measured at validations only."),
+        Cell("Explicit network", str, "steps",
+             "Steps until the explicit network reached its best, for the same pictures and seeds."),
+        Cell("Time", str, "s", "Number of steps times the CPU time of a step."),
+        Cell("Explicit network, time", str, "s", "The same for the explicit network."),
     ], map(cells, rows))  # fmt: skip
 
 
@@ -313,16 +319,18 @@ def amortizing(runs: Runs, labels: dict[Row, str], names: list[FilterKind]) -> T
         one, full = seconds_of(runs, Row(filter=name), Row(filter=name, full=True))
         return f"{full / one:.1f}" if one and full else table.NONE
 
-    return table.sheet("One evaluation a step, against full solves", names, [
+    return table.sheet("One evaluation per step against full solves", names, [
         Cell("Model", lambda name: labels[Row(filter=name)]),
         Cell("One evaluation", lambda name: table.mean((a for a, _ in amortized(runs, name)), ".2f"), "dB",
-             "Test PSNR on the pictures that both were trained on."),
+             "Test PSNR when the cell is evaluated once per step; mean over the pictures and seeds that have both."),
         Cell("Full solves", lambda name: table.mean((b for _, b in amortized(runs, name)), ".2f"), "dB",
-             "Solved to a relative residual of 1e-3, forward (Anderson, from zero) and backward (GMRES)."),
-        Cell("Difference", lambda name: table.mean((a - b for a, b in amortized(runs, name)), "+.2f"), "dB"),
-        Cell("Step", ratio, "×", "Time of a step with full solves over that with one evaluation, measured in turn."),
+             "Test PSNR when every step solves to a relative residual of 1e-3, forward by Anderson from zero and "
+             "backward by GMRES."),
+        Cell("Difference", lambda name: table.mean((a - b for a, b in amortized(runs, name)), "+.2f"), "dB",
+             "PSNR with one evaluation less that with full solves."),
+        Cell("Step", ratio, "×", "Time of a step with full solves, divided by that with one evaluation."),
         Cell("Cosine", lambda name: table.shown(cost.get(Row(filter=name).name, {}).get("cosine"), ".3f"), "",
-             "Cosine of the truncated gradient with the exact one at the same weights."),
+             "Cosine between the truncated gradient and the exact one at the same weights."),
     ])  # fmt: skip
 
 
@@ -338,18 +346,19 @@ def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
                 continue
             by_kind = {kind: runs.where(kind=kind).gaps(one, other, "test.PSNR") for kind in KINDS}
             parts = ", ".join(f"{fmean(values):+.2f} dB on {kind}" for kind, values in by_kind.items() if values)
-            level = f"{labels[one]} is at least level with {labels[other]}, of four times the layers"
+            level = f"{labels[one]} has at least the PSNR of {labels[other]}, which has four times the layers"
             better = sum(gap > 0 for gap in gaps)
             yield Claim(
-                f"{labels[one]} is at least {margin:g} dB over {labels[other]}" if margin else level,
-                f"{fmean(gaps):+.2f} dB over all ({parts}); better in {better} of {len(gaps)} runs",
+                f"{labels[one]} has a PSNR at least {margin:g} dB above that of {labels[other]}" if margin else level,
+                f"{fmean(gaps):+.2f} dB on average ({parts}); better in {better} of {len(gaps)} runs",
                 fmean(gaps) >= margin,
             )
     for name in FILTERS:
         if gaps := stronger(runs, name):
             yield Claim(
-                f"{labels[Row(filter=name)]} is better than the stronger of its twins, bounded or free",
-                f"{fmean(gaps):+.2f} dB over all; better in {sum(gap > 0 for gap in gaps)} of {len(gaps)} runs",
+                f"{labels[Row(filter=name)]} is better than the stronger of its explicit counterparts, with or without "
+                "the bound",
+                f"{fmean(gaps):+.2f} dB on average; better in {sum(gap > 0 for gap in gaps)} of {len(gaps)} runs",
                 fmean(gaps) > 0,
             )
     for name in FILTERS:
@@ -358,15 +367,15 @@ def claims(config: GeneralizationConfig, runs: Runs) -> Iterator[Claim]:
         lost = runs.gaps(full, row, "test.PSNR")
         if lost and one_step is not None and solved is not None:
             yield Claim(
-                f"{labels[row]} trained by one evaluation and one product a step is at least twice as fast as by full "
-                "solves, within 1 dB",
-                f"a step is {solved / one_step:.1f} times as fast, and {fmean(lost):.2f} dB are lost",
+                f"A step of {labels[row]} with one evaluation and one product is at least twice as fast as with full "
+                "solves, and the PSNR is within 1 dB",
+                f"a step is {solved / one_step:.1f} times as fast, and the PSNR is {fmean(lost):.2f} dB lower",
                 solved / one_step >= 2 and fmean(lost) <= 1,
             )
     for name in FILTERS:
         row = Row(filter=name)
         yield from table.sooner(
-            f"{labels[row]} comes to the best PSNR of {labels[row.twin]} in less time than that model",
+            f"{labels[row]} reaches the best PSNR of {labels[row.twin]} in less time than that model",
             runs.reaching(row, row.twin, "PSNR"),
             *seconds_of(runs, row, row.twin),
         )
@@ -379,13 +388,15 @@ def protocol(config: GeneralizationConfig, runs: Runs) -> str:
     chosen = one.optimization
     names = {kind: ", ".join(p.name for p in pictures if p.kind == kind) or "none" for kind in KINDS}
     return (
-        f"Natural pictures: {names['natural']}; of text: {names['text']}; at most {one.size} pixels a side. Every "
-        "other pixel of every other row is given; another such quarter selects the weights, a third is the test. "
-        f"{chosen.steps} steps of Adam at {chosen.learning_rate:g} on all given pixels at once, validated every "
-        f"{chosen.validate_every}; {config.plan.seeds} seeds. The frequencies' scale is a quarter of the longest side, "
-        "which is the paper's 128 at 512 pixels. Implicit models: a solve by Anderson's method to a relative residual "
-        f"of {one.equilibria.tolerance:g} after every validation, and then one evaluation a step from the last state, "
-        "with the Neumann series after its first product (T = 1); for validation and test they are solved."
+        f"The natural pictures are {names['natural']}, those of text {names['text']}, of at most {one.size} pixels a "
+        "side. Every other pixel of every other row is for training, another such quarter selects the weights, and a "
+        f"third such quarter is the test. Every run takes {chosen.steps} steps of Adam at {chosen.learning_rate:g} on "
+        f"all training pixels at once and is validated every {chosen.validate_every} steps; there are "
+        f"{config.plan.seeds} seeds. The scale of the frequencies is a quarter of the longest side, which at 512 "
+        "pixels is the paper's 128. Implicit models are solved by Anderson's method to a relative residual of "
+        f"{one.equilibria.tolerance:g} after every validation; all other steps evaluate the cell once, from the state "
+        "of the step before, and its backward pass is the Neumann series after one product (T = 1). They are solved "
+        "for validation and test."
     )
 
 
@@ -394,24 +405,21 @@ def notes(config: GeneralizationConfig, runs: Runs) -> Iterator[str]:
     labels = labels_of(config)
     if config.plan.scale == "cpu":
         yield (
-            "Smaller pictures, narrower models, fewer steps and other pictures than the paper's: compare rows with "
-            "each other only."
+            "The pictures differ from the paper's and are smaller, and the models are narrower and trained for fewer "
+            "steps: compare rows with each other only."
         )
     yield (
         "The published differences of one-layer models, implicit less explicit, are 1.4, 1.6 and 0.75 dB on natural "
-        "pictures and 1.5, 2.3 and 0.3 dB on text (SIREN, Fourier, Gabor): the 1.5 dB aimed at here are not reached "
-        "there either with Gabor filters, nor with SIREN on natural pictures."
+        "pictures and 1.5, 2.3 and 0.3 dB on text (SIREN, Fourier, Gabor). The published differences with Gabor "
+        "filters, and with SIREN on natural pictures, are below the 1.5 dB of the claims too."
     )
-    yield (
-        "The weights are those of the best validation, for all rows alike; how the published weights were selected is "
-        "unknown."
-    )
+    yield ("All rows have the weights of the best validation. How the published weights were selected is unknown.")
     deep = {name: Row(filter=name, size="4L") for name in FILTERS}
     gaps = {name: runs.gaps(row, row.twin, "test.PSNR") for name, row in deep.items()}
     if deeper := [f"{NAMES[name, True]} {fmean(values):+.2f} dB" for name, values in gaps.items() if values]:
         yield (
-            f"Implicit models of four layers beside their explicit twins: {', '.join(deeper)}. In the paper too they "
-            "are no better than the implicit ones of one layer, save on text with SIREN."
+            f"Implicit models of four layers less explicit ones of four layers: {', '.join(deeper)}. In the paper, "
+            "too, implicit models of four layers are no better than those of one layer, except on text with SIREN."
         )
     yield from table.still_rising(runs)
     yield from table.diverged(runs, lambda line: f"{labels[line['row']]} on {line['picture']}, seed {line['seed']}")
@@ -432,8 +440,8 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
         yield CaptionedFigure(
             "training",
             figure,
-            "PSNR on the validation pixels during training, mean over all pictures and seeds: the implicit model of "
-            "one layer, and explicit ones of one layer, of one layer twice as wide, and of four.",
+            "PSNR of the validation pixels during training, mean over all pictures and seeds, for the implicit model "
+            "of one layer and explicit models of one layer, of one layer of twice the width, and of four layers.",
         )
     firsts = {one.kind: one.name for one in reversed(subjects(config))}
     pictures = [firsts[kind] for kind in KINDS if kind in firsts]
@@ -454,8 +462,8 @@ def drawings(config: GeneralizationConfig, runs: Runs, folders: Mapping[str, Run
     yield CaptionedFigure(
         "pictures",
         figure,
-        "The whole picture from a quarter of its pixels, by Fourier filters; below each model its PSNR on the test "
-        "pixels. The first seed.",
+        "Pictures reconstructed from a quarter of their pixels by models with Fourier filters and the first seed. The "
+        "number above each is its PSNR on the test pixels.",
     )
 
 

@@ -121,16 +121,19 @@ def sheets(config: GradientsConfig, runs: Runs) -> Iterator[TitledTable]:
 
     cells = [
         Cell[Row]("Backward", lambda row: "converged" if row.products is None else f"T = {row.products}", "",
-                  "T products with the Jacobian after the incoming gradient; T = 0 is the one-step one."),
-        *(Cell(p.name, runs.where(picture=p.name).told("test.PSNR", 2), "dB", "Test PSNR; ± deviation over seeds.")
+                  "Backward pass: T products with the Jacobian, or a converged solve. T = 0 is the one-step gradient."),
+        *(Cell(p.name, runs.where(picture=p.name).told("test.PSNR", 2), "dB",
+             f"Test PSNR of the picture {p.name}, mean ± standard deviation over the seeds.")
           for p in subjects(config)),
         Cell("Step", step("seconds", ".2f", 1e3), "ms",
-             "CPU time (wall time on a GPU), medians, measured in turn at weights of 40 steps."),
-        Cell("Backward pass", step("backward_seconds", ".2f", 1e3), "ms", "Likewise."),
-        Cell("Products", step("backward", ".1f"), "", "Products with the Jacobian in a step."),
+             "CPU time (wall time on a GPU) of a training step, median over the steps, with weights of 40 steps of "
+             "training; the rows take turns."),
+        Cell("Backward pass", step("backward_seconds", ".2f", 1e3), "ms",
+             "CPU time (wall time on a GPU) of the backward pass in these steps, median."),
+        Cell("Products", step("backward", ".1f"), "", "Products with the Jacobian in a step, mean."),
         Cell("Cosine", step("cosine", ".4f"), "",
-             "Cosine of the gradient in all weights with the exact one, at those weights."),
-        Cell("Norm", step("norm", ".2f"), "", "Norm of the gradient over that of the exact one."),
+             "Cosine between the gradient in all weights and the exact one, at these weights."),
+        Cell("Norm", step("norm", ".2f"), "", "Norm of the gradient divided by that of the exact one."),
     ]  # fmt: skip
     for name in FILTERS:
         yield table.sheet(NAMES[name, True], rows(config, name), cells)
@@ -145,14 +148,16 @@ def claims(config: GradientsConfig, runs: Runs) -> Iterator[Claim]:
         if not estimated or len(estimated) != len(exact):
             continue
         yield Claim(
-            f"{NAMES[name, True]}: one product (T = 1) is within 1 dB of the converged backward pass",
-            f"{fmean(estimated):.2f} and {fmean(exact):.2f} dB",
+            f"{NAMES[name, True]}: the test PSNR with one product (T = 1) is within 1 dB of that with the converged "
+            "backward pass",
+            f"{fmean(estimated):.2f} against {fmean(exact):.2f} dB",
             fmean(exact) - fmean(estimated) <= 1,
         )
         if cost:
             ratio, step = (cost[whole.name][k] / cost[short.name][k] for k in ("backward_seconds", "seconds"))
             yield Claim(
-                f"{NAMES[name, True]}: its backward pass is at least twice as fast as the converged one",
+                f"{NAMES[name, True]}: the backward pass with one product is at least twice as fast as the converged "
+                "one",
                 f"{ratio:.1f} times as fast; a whole step is {step:.1f} times as fast",
                 ratio >= 2,
             )
@@ -163,26 +168,28 @@ def protocol(config: GradientsConfig, runs: Runs) -> str:
     one = training(config, rows(config, FILTERS[0])[0], subjects(config)[0], config.plan.first_seed)
     chosen = one.optimization
     return (
-        f"Implicit representations of one layer of width {one.representation.width} from a quarter of the pixels of "
-        f"{', '.join(picture.name for picture in subjects(config))}, at most {one.size} a side; validation and test on "
-        f"a quarter each. {chosen.steps} steps of Adam at {chosen.learning_rate:g}, validated every "
-        f"{chosen.validate_every}; {config.plan.seeds} seeds. One evaluation a step from the last state; the backward "
-        "pass is the Neumann series of the adjoint after T products, or GMRES to a relative residual of "
+        f"Implicit representations of one layer of width {one.representation.width} are trained on a quarter of the "
+        f"pixels of {', '.join(picture.name for picture in subjects(config))}, of at most {one.size} pixels a side; "
+        f"another quarter selects the weights, and a third such quarter is the test. Every run takes {chosen.steps} "
+        f"steps of Adam at {chosen.learning_rate:g} and is validated every {chosen.validate_every} steps; the number "
+        f"of seeds is {config.plan.seeds}. Every step evaluates the cell once, from the state of the step before. The "
+        "backward pass is the Neumann series of the adjoint after T products, or GMRES to a relative residual of "
         f"{one.equilibria.backward_tolerance:g}."
     )
 
 
 def notes(config: GradientsConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    yield "The figure's values are not available for comparison."
+    yield "The values of the published figure are not available for comparison."
     yield (
-        "The exact gradient is that of the solved equilibrium. What is left of the distance to it at many products, "
-        "and at the converged adjoint too, is that of the state, which is carried along and not solved for."
+        "The exact gradient is that of the solved equilibrium. The state of a training step is carried over and not "
+        "solved, so the gradients differ from the exact one even with many products and with the converged backward "
+        "pass."
     )
     if config.plan.scale == "cpu":
-        yield "Smaller pictures, a narrower model and fewer steps than the paper's."
+        yield "The pictures are smaller than the paper's, the model is narrower, and it is trained for fewer steps."
     if names := sorted({line["row"].name for line in runs if line["state"] == "diverged"}):
-        yield f"Diverged: {', '.join(names)}."
+        yield f"These rows diverged: {', '.join(names)}."
 
 
 def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) -> Iterator[CaptionedFigure]:
@@ -207,14 +214,14 @@ def drawings(config: GradientsConfig, runs: Runs, folders: Mapping[str, Run]) ->
     yield CaptionedFigure(
         "products",
         figure,
-        "Test PSNR (mean over the pictures and seeds), and how far the gradient points from the exact one, over the "
-        "products with the Jacobian in the backward pass.",
+        "Test PSNR (mean over the pictures and seeds), and 1 − cosine between the gradient and the exact one, against "
+        "the number of products with the Jacobian in the backward pass.",
     )
 
 
 TABLE = table.published(
     globals(),
-    title="How far the backward pass must go: PSNR over the products in it",
+    title="Truncating the backward pass: PSNR by number of products",
     source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021), "
     "figure 4",
     figures=table.by_name(cost=table.read("costs.json")),

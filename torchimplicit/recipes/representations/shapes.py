@@ -1,4 +1,4 @@
-"""Table: a mesh by implicit representations and explicit twins; occupancy, and distances with exact and one-step
+"""Table: a mesh by implicit and explicit representations; occupancy, and distances with exact and one-step
 gradients.
 
 The one-step estimate is here to show how wrong it is where a loss holds slopes; the library refuses it there
@@ -340,16 +340,19 @@ def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell[Row]("Model", lambda row: row.label),
         parameters(runs),
         Cell("IoU", whole.told("test.IoU", 2, 100), "%",
-             "IoU of the insides, on test points anywhere in the box, at the weights of the best validation."),
-        Cell("Near", whole.told("test.IoU near", 2, 100), "%", "IoU of the insides, on test points near the surface."),
-        Cell("Error", whole.told("test.loss", 3, 100 / LONGEST), "%", "Mean absolute error of the distance."),
+             "Intersection over union of the interiors, estimated on test points anywhere in the box, with the weights "
+             "of the best validation; this and all other columns are means ± standard deviations over the seeds."),
+        Cell("Near", whole.told("test.IoU near", 2, 100), "%",
+             "Intersection over union, estimated on test points near the surface."),
+        Cell("Error", whole.told("test.loss", 3, 100 / LONGEST), "%",
+             "Mean absolute error of the signed distance on test points, relative to the longest side of the mesh."),
         Cell("Chamfer", whole.told("surface.chamfer", 3, 100), "%",
-             "Mean distance from the surface by marching cubes to the mesh and back, over two. Lengths are shares of "
-             "the mesh's longest side."),
+             "Chamfer distance: half the sum of the mean distances from the surface, by marching cubes, to the mesh "
+             "and from the mesh to the surface, relative to the longest side of the mesh."),
         Cell("Normals", whole.told("surface.normals", 4), "",
-             "Mean absolute cosine between normals of nearest points, both ways."),
+             "Mean absolute cosine between the normals of nearest points, in both directions."),
         Cell("At step", lambda row: table.mean(runs.of(row, "best.step"), ".0f"), "",
-             "Step of the best validation, mean."),
+             "Step of the best validation, mean over the seeds."),
     ]  # fmt: skip
     for task, title in TITLES.items():
         rows = [row for row in ROWS.values() if row.task == task]
@@ -365,22 +368,23 @@ def sheets(config: ShapesConfig, runs: Runs) -> Iterator[TitledTable]:
         for name in cost["begun"]
         for label, when in (("initial", "begun"), ("after some steps", "trained"))
     ]
-    yield table.sheet("The one-step estimate beside the exact gradient", pairs, [
+    yield table.sheet("The one-step estimate against the exact gradient", pairs, [
         Cell("Model", lambda one: one[0]),
         Cell("Weights", lambda one: one[1]),
         Cell("Values", lambda one: f"{one[2]['values']:.4f}", "cosine",
-             "Cosine for the loss of values alone, for which the library offers this estimate."),
+             "Cosine between the estimate and the exact gradient for a loss of values alone, for which the library "
+             "offers this estimate."),
         Cell("Slopes", lambda one: f"{one[2]['slopes']:.4f}", "cosine",
-             "Cosine for the loss of slopes alone (normals and the eikonal term)."),
+             "Cosine for a loss of slopes alone (normals and the eikonal term)."),
         Cell("Whole loss", lambda one: f"{one[2]['cosine']:.4f}", "cosine",
-             "Cosine for both, weighted as in training."),
+             "Cosine for the loss of training, which has both."),
         Cell("Norm", lambda one: f"{one[2]['norm']:.2f}", "×",
-             "The estimate's over the exact gradient's, of the whole loss."),
+             "Norm of the estimate divided by that of the exact gradient, for the loss of training."),
     ])  # fmt: skip
 
 
 def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
-    """Implicit models against explicit twins; the direction of the one-step estimate; and the result of training by
+    """Implicit models against explicit ones; the direction of the one-step estimate; and the result of training by
     it."""
     for name in FILTERS:
         row, twin = (Row(task="occupancy", filter=name, kind=kind) for kind in ("implicit", "explicit"))
@@ -388,8 +392,8 @@ def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
             ours, theirs = (100 * fmean(each) for each in zip(*pairs, strict=True))
             better = sum(a > b for a, b in pairs)
             yield Claim(
-                f"{row.label} reaches a larger IoU than {twin.label}, of as many parameters, in as many steps",
-                f"{ours:.2f} and {theirs:.2f} %; larger in {better} of {len(pairs)} runs",
+                f"{row.label} reaches a larger IoU than {twin.label} with the same number of parameters and steps",
+                f"{ours:.2f} against {theirs:.2f} %; larger in {better} of {len(pairs)} runs",
                 better == len(pairs),
             )
     exact = [Row(task="sdf", filter=name, kind="implicit") for name in FILTERS]
@@ -398,11 +402,11 @@ def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
         if row.name in cost.get("trained", {}):
             one, begun = cost["trained"][row.name], cost["begun"][row.name]
             yield Claim(
-                f"{row.model}: the one-step estimate is nearer to the exact gradient (1 - cosine) by ten times where "
-                "the loss holds values alone than where it holds slopes alone",
-                f"cosine {one['values']:.4f} of values, {one['slopes']:.4f} of slopes and {one['cosine']:.4f} of both "
-                f"after some steps; {begun['values']:.4f}, {begun['slopes']:.4f} and {begun['cosine']:.4f} at the "
-                "initial weights",
+                f"{row.model}: the one-step estimate is ten times as close to the exact gradient (in 1 − cosine) for a "
+                "loss of values as for a loss of slopes",
+                f"the cosine is {one['values']:.4f} for values, {one['slopes']:.4f} for slopes and {one['cosine']:.4f} "
+                f"for both after some steps, and {begun['values']:.4f}, {begun['slopes']:.4f} and "
+                f"{begun['cosine']:.4f} at the initial weights",
                 10 * (1 - one["values"]) <= 1 - one["slopes"],
             )
     for row in exact:
@@ -412,13 +416,13 @@ def claims(config: ShapesConfig, runs: Runs) -> Iterator[Claim]:
             continue
         better = sum(a < b for a, b in losses)
         ours, theirs = (100 / LONGEST * fmean(each) for each in zip(*losses, strict=True))
-        words = f"mean absolute errors {ours:.3f} and {theirs:.3f} %; smaller in {better} of {len(losses)} runs"
+        words = f"mean absolute errors {ours:.3f} against {theirs:.3f} %; smaller in {better} of {len(losses)} runs"
         if chamfers:
             near, far = (100 * fmean(each) for each in zip(*chamfers, strict=True))
-            words += f"; Chamfer distances {near:.3f} and {far:.3f} % of the longest side"
+            words += f"; Chamfer distances {near:.3f} against {far:.3f} % of the longest side"
         yield Claim(
-            f"{row.model} trained by exact gradients ends nearer to the distance than by one-step ones, in as many "
-            "steps",
+            f"{row.model} has a smaller error of the distance when it is trained by exact gradients than by one-step "
+            "estimates, in the same number of steps",
             words,
             better == len(losses),
         )
@@ -432,22 +436,23 @@ def protocol(config: ShapesConfig, runs: Runs) -> str:
     first, distance = (training(config, row, config.plan.first_seed) for row in rows)
     chosen, other = first.optimization, distance.optimization
     counts = {len(runs.where(row=line["row"])) for line in runs if line.key}
-    seeds = "Seeds: those that were run so far; a figure without ± is of one." if counts else ""
+    seeds = "Rows have as many seeds as were run; a figure without ± is of one." if counts else ""
     if len(counts) == 1:
-        seeds = f"{max(counts)} seeds." if max(counts) > 1 else "One seed."
+        seeds = f"Every row has {max(counts)} seeds." if max(counts) > 1 else "Every row has one seed."
     return (
-        f"{subject(first).describe()} Models of one layer of width {first.representation.width}. {first.samples} "
-        "points to train on, half of them near the surface and half anywhere in its box; for the distance a third on "
-        f"the surface. {first.held_out_samples} points select the weights by the IoU, as many are the test. "
-        f"{seeds} Occupancy: cross-entropy, {chosen.steps} steps of {chosen.batch_size} points, "
-        f"Adam at {chosen.learning_rate:g} ({chosen.schedule}); implicit models are solved when a point is first seen "
-        "after a validation, and then take one evaluation a step, with the Neumann series after its first product. "
-        f"Distance: {distance.distance_weight:g} |f - d| + {distance.normal_weight:g} (1 - cosine to the normal on the "
-        f"surface) + {distance.eikonal_weight:g} (|∇f| - 1)², {other.steps} steps of {other.batch_size} points; "
-        f"implicit models are solved to {distance.equilibria.tolerance:g} (Anderson) from the last state and "
-        f"differentiated twice exactly, by GMRES to {distance.equilibria.backward_tolerance:g}. One step: the cell is "
-        "applied once more to the detached fixed point, and that is differentiated, once in the coordinates and again "
-        f"in the weights; the library refuses this. Surfaces on a grid of {first.resolution} points."
+        f"{subject(first).describe()} Models have one layer of width {first.representation.width}. There are "
+        f"{first.samples} training points, half of them near the surface and half anywhere in the box; for the "
+        f"distance, a third is on the surface. {first.held_out_samples} points select the weights by the IoU, and as "
+        f"many others are the test. {seeds} The occupancy is trained by cross-entropy, in {chosen.steps} steps of "
+        f"{chosen.batch_size} points, with Adam at {chosen.learning_rate:g} ({chosen.schedule}); implicit models are "
+        "solved when a point is first seen after a validation, and otherwise evaluate the cell once per step, with the "
+        f"Neumann series after one product. The loss of the distance is {distance.distance_weight:g} |f - d| + "
+        f"{distance.normal_weight:g} (1 - cosine to the normal on the surface) + {distance.eikonal_weight:g} (|∇f| - "
+        f"1)², in {other.steps} steps of {other.batch_size} points; implicit models are solved to "
+        f"{distance.equilibria.tolerance:g} by Anderson's method from the last state and differentiated twice exactly, "
+        f"with GMRES to {distance.equilibria.backward_tolerance:g}. The one-step estimate applies the cell once more "
+        "to the detached fixed point and differentiates that, once in the coordinates and then in the weights, which "
+        f"the library refuses. Surfaces are extracted on a grid of {first.resolution} points a side."
     )
 
 
@@ -455,12 +460,14 @@ def notes(config: ShapesConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     yield "The published figures for 3D occupancy are not available for comparison."
     if config.plan.scale == "cpu":
-        yield "Narrower models, fewer points and steps than the paper's: compare rows with each other only."
+        yield (
+            "The models are narrower than the paper's, with fewer points and steps: compare rows with each other only."
+        )
     if config.mesh_file is not None:
-        yield "The mesh is a file (--mesh-file), which the command does not show; without one, a knot is generated."
+        yield "The command below was run with --mesh-file as well; without a file, it generates a knot."
     yield from table.still_rising(runs)
     if without := [line.named for line in runs if line["surface"] == {}]:
-        yield f"Without a surface: {', '.join(without)}."
+        yield f"These runs have no surface: {', '.join(without)}."
     yield from table.diverged(runs)
 
 
@@ -483,8 +490,8 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> It
     yield CaptionedFigure(
         "training",
         figure,
-        "Along training, on the validation points, mean over the seeds: implicit models (solid), the same by one-step "
-        "gradients (dotted), and explicit twins (dashed).",
+        "Figures on the validation points during training, mean over the seeds, of implicit models (solid), the same "
+        "trained by one-step estimates (dotted), and explicit models (dashed).",
     )
     for task, title in (("occupancy", "occupancy"), ("sdf", "distance")):
         lines = {line["row"]: line for line in runs.where(seed=config.plan.first_seed) if line["row"].task == task}
@@ -492,8 +499,8 @@ def drawings(config: ShapesConfig, runs: Runs, folders: Mapping[str, Run]) -> It
             yield CaptionedFigure(
                 title,
                 surfaces(lines, folders),
-                "The surfaces by marching cubes; colours are distances from the mesh, dark for none and bright for 2 % "
-                "of its longest side. The first seed.",
+                "Surfaces by marching cubes, with the first seed. Colours show the distance from the mesh: dark is "
+                "none, bright is 2 % of its longest side.",
             )
 
 
@@ -533,5 +540,5 @@ TABLE = table.published(
     globals(),
     title="A mesh: implicit and explicit representations, and exact slopes",
     source="Huang, Bai and Kolter 2021, (Implicit)²: Implicit Layers for Implicit Representations (NeurIPS 2021): "
-    "occupancy of 3D shapes; the signed distances, and the gradients compared on them, are ours",
+    "occupancy of 3D shapes. The signed distances, and the comparison of gradients on them, are ours.",
 )

@@ -1,4 +1,4 @@
-"""Table: a sound and a video by implicit representations and their explicit twins (Huang et al. 2021, (Implicit)²)."""
+"""Table: a sound and a video by implicit and explicit representations (Huang et al. 2021, (Implicit)²)."""
 
 from __future__ import annotations
 
@@ -176,16 +176,17 @@ def sheets(config: SignalsConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell[Row]("Model", lambda row: row.label),
         parameters(runs),
         Cell("PSNR", runs.told("test.PSNR", 2), "dB",
-             "PSNR of all points, at the weights of the best validation: mean ± deviation over the seeds."),
+             "PSNR of all points with the weights of the best validation, mean ± standard deviation over the seeds."),
         Cell("SNR", runs.told("test.SNR", 2), "dB",
-             "Ratio of the sound's own power to that of the error."),
+             "Signal-to-noise ratio: the power of the sound over that of the error, with the same weights."),
         Cell("Published", lambda row: f"{PUBLISHED_VIDEO[row.filter][not row.implicit]:.2f}", "dB",
-             "Published, at width 1024, on another video of another size."),
-        Cell("Over its twin",
+             "Published PSNR of models of width 1024 on another video of another size."),
+        Cell("Gain",
              lambda row: table.mean(runs.gaps(row, row.twin, "test.PSNR") if row.implicit else [], "+.2f"), "dB",
-             "The PSNR less that of the explicit twin, mean over the seeds."),
+             "PSNR less that of the explicit model with the same filter, mean over the seeds."),
         Cell("Evaluations", evaluations, "",
-             "Evaluations of the cell in a training step, mean: one, plus the solves after validations."),
+             "Evaluations of the cell in a training step, mean over the steps: one, except for the solves after "
+             "validations."),
         trained(runs),
     ]  # fmt: skip
     for kind, lacking in (("sound", "Published"), ("video", "SNR")):
@@ -202,13 +203,13 @@ def claims(config: SignalsConfig, runs: Runs) -> Iterator[Claim]:
             if gaps := runs.gaps(row, row.twin, "test.PSNR"):
                 better = sum(gap > 0 for gap in gaps)
                 yield Claim(
-                    f"{row.label} fits the {kind} better than {row.twin.label}, in as many steps",
-                    f"{fmean(gaps):+.2f} dB; better in {better} of {len(gaps)} runs",
+                    f"{row.label} fits the {kind} better than {row.twin.label} in the same number of steps",
+                    f"{fmean(gaps):+.2f} dB on average; better in {better} of {len(gaps)} runs",
                     better == len(gaps),
                 )
         for row in rows:
             yield from table.sooner(
-                f"{row.label} comes to the best PSNR of {row.twin.label} on the {kind} in less time than that model",
+                f"{row.label} reaches the best PSNR of {row.twin.label} on the {kind} in less time than that model",
                 runs.reaching(row, row.twin, "PSNR"),
                 *seconds_of(runs, row, row.twin),
             )
@@ -224,14 +225,15 @@ def protocol(config: SignalsConfig, runs: Runs) -> str:
     a, v = sound(one), clip(other)
     frames, height, width = v.pixels.shape[:3]
     return (
-        f"The sound: {a.name}, {a.seconds:.3g} s at {a.rate} Hz, {len(a.samples)} samples, by models of width "
-        f"{one.representation.width} in {one.optimization.steps} steps. The video: {v.name}, {frames} frames of "
-        f"{width} × {height} pixels, by models of width {other.representation.width} in {other.optimization.steps} "
-        f"steps of {min(other.optimization.batch_size, frames * height * width)} points. One layer; Adam at "
-        f"{one.optimization.learning_rate:g}; {config.plan.seeds} seeds. All points are fitted, and the figures are "
-        "over all of them: nothing is held out. Implicit models: a solve by Anderson's method to a relative residual "
-        f"of {one.equilibria.tolerance:g} after every validation, and then one evaluation a step from the last "
-        "state, with the Neumann series after its first product (T = 1); for validation and test they are solved."
+        f"The sound is {a.name} ({a.seconds:.3g} s at {a.rate} Hz, {len(a.samples)} samples), fitted by models of "
+        f"width {one.representation.width} in {one.optimization.steps} steps. The video is {v.name} ({frames} frames "
+        f"of {width} × {height} pixels), fitted by models of width {other.representation.width} in "
+        f"{other.optimization.steps} steps of {min(other.optimization.batch_size, frames * height * width)} points. "
+        f"All models have one layer and are trained by Adam at {one.optimization.learning_rate:g}; there are "
+        f"{config.plan.seeds} seeds. All points are fitted, and figures are over all points: nothing is held out. "
+        f"Implicit models are solved by Anderson's method to a relative residual of {one.equilibria.tolerance:g} after "
+        "every validation; all other steps evaluate the cell once, from the state of the step before, and its "
+        "backward pass is the Neumann series after one product (T = 1). They are solved for validation and test."
     )
 
 
@@ -239,25 +241,25 @@ def notes(config: SignalsConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.plan.scale == "cpu":
         yield (
-            "Shorter and smaller signals, narrower models and fewer steps than the paper's: compare rows with each "
-            "other only."
+            "The signals are shorter and smaller than the paper's, the models are narrower and trained for fewer "
+            "steps: compare rows with each other only."
         )
     yield (
-        "The signal-to-noise ratios of the paper's sounds are not available; those of its video are shown for "
-        "orientation only."
+        "Published figures for sounds are not available. Those for a video are of another video and give orientation "
+        "only."
     )
     seeds, names = config.plan.seeds, {row: f"{row.label} on the {row.kind}" for row in ROWS.values()}
     counts = {row: len(runs.where(row=row)) for row in names}
     if fewer := [f"{names[row]} ({count})" for row, count in counts.items() if 0 < count < seeds]:
-        yield f"Of {seeds} seeds, fewer were run of: {', '.join(fewer)}."
+        yield f"These rows have fewer than {seeds} seeds: {', '.join(fewer)}."
     if options := [f"--{kind}-file" for kind in KINDS if getattr(config, f"{kind}_file")]:
-        yield f"The command below was also given {' and '.join(options)}; the files are named above."
+        yield f"The command below was run with {' and '.join(options)} as well; the files are named above."
     gaps = {row: runs.gaps(row, row.twin, "test.PSNR") for row in names if row.implicit}
     behind = [names[row] for row, values in gaps.items() if values and fmean(values) < 0]
     if behind and config.plan.scale == "cpu":
         yield (
-            f"Behind their explicit twins in as many steps: {', '.join(behind)}. The paper's number of steps "
-            "and width were not tested."
+            f"These models are behind their explicit counterparts after the same number of steps: {', '.join(behind)}. "
+            "The paper's number of steps and width were not tested."
         )
     yield from table.still_rising(runs)
     yield from table.diverged(runs)
@@ -283,9 +285,9 @@ def drawings(config: SignalsConfig, runs: Runs, folders: Mapping[str, Run]) -> I
     yield CaptionedFigure(
         "training",
         figure,
-        "PSNR during training, mean over the seeds: implicit models (solid) and their explicit twins (dashed).",
+        "PSNR during training, mean over the seeds, of implicit models (solid) and explicit models (dashed).",
     )
-    caption = f"of what {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} make of it, with the PSNR; the first seed."
+    caption = f"of its fits by {NAMES[SHOWN, True]} and {NAMES[SHOWN, False]} with the first seed, with their PSNR."
     seed = config.plan.first_seed
     for kind in KINDS:
         shown = Row(kind=kind, filter=SHOWN, implicit=True)
