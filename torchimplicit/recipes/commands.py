@@ -179,7 +179,7 @@ class ReportRuns:
         if self.page.exists() and report.TITLE not in self.page.read_text(encoding="utf-8", errors="ignore"):
             raise UserError(f"--page {self.page} exists and is not a report; choose another file")
         runs = [_known(report.finished(path), console) for path in self.paths]
-        console.print(report.comparison(runs).rich_rows())
+        console.print(report.comparison(runs).rich_rows(console.width))
         report.write(runs, self.page)
         console.print(f"Open in a browser: {self.page.resolve().as_uri()}", soft_wrap=True)
         return 0

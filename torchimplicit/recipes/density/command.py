@@ -86,7 +86,7 @@ class Molecules:
         failures = [*refused, *(Refused(o.geometry.name, o.reason) for o in outcomes if o.path is None)]
         if failures:
             table = Table([Column("not computed"), Column("why")], [[one.name, one.reason] for one in failures])
-            console.print(table.rich_rows())
+            console.print(table.rich_rows(console.width))
         done = {o.path: o for o in outcomes if o.path is not None}
         computed = sum(o.seconds > 0 for o in done.values())
         size = sum(path.stat().st_size for path in done)

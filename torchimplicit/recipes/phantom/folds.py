@@ -59,7 +59,7 @@ class Folds(Runner):
         from torchimplicit.recipes.runtime.page import Section, document
 
         run.write_text("index.html", document("Every fold", [], [Section(table=summary(results))]))
-        console.print(summary(results).rich_rows())
+        console.print(summary(results).rich_rows(console.width))
 
     @staticmethod
     def _fold(config: FoldsConfig, run: Run, fold: int) -> tuple[Run, MoleculesConfig]:

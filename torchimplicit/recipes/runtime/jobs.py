@@ -284,7 +284,7 @@ def write(table: Published[Any], config: Any, runs: dict[str, Run], run: Run, co
     run.write_text("index.html", record_page(record, pictures))
     for sheet in record.sheets:
         console.print(f"[bold]{sheet.title}")
-        console.print(sheet.table.rich_rows())
+        console.print(sheet.table.rich_rows(console.width))
     for claim in record.claims:
         colour = {None: "yellow", True: "green", False: "red"}[claim.holds]
         console.print(f"[{colour}]{claim.verdict}[/{colour}]: {claim.statement}: {claim.measured}", highlight=False)

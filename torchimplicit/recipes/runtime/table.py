@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -63,15 +64,34 @@ class Table:
             table.add_row(Text(name), *(Text(row[index]) for row in self.rows))
         return table
 
-    def rich_rows(self) -> RichTable:
-        """The table for the terminal, not transposed."""
+    def rich_rows(self, width: int) -> Group:
+        """The table for a terminal of that width, not transposed; if it is too wide, in parts that all begin with the
+        first column."""
+        head, *figures = range(len(self.columns))
+        wide = {index: self._width(index) for index in figures}
+        first = min(max(len(row[head]) for row in [*self.rows, [self.columns[head].title]]), 2 * width // 5) + 4
+        parts: list[list[int]] = [[]]
+        for index in figures:
+            if parts[-1] and first + sum(wide[other] for other in [*parts[-1], index]) > width:
+                parts.append([])
+            parts[-1].append(index)
+        return Group(*(self._part([head, *part]) for part in parts))
+
+    def _width(self, index: int) -> int:
+        """Characters that a column needs, with its frame: no cell is cut, and a title breaks between its words."""
+        column = self.columns[index]
+        return 3 + max(map(len, [*column.title.split(), column.unit, *(row[index] for row in self.rows)]))
+
+    def _part(self, chosen: Sequence[int]) -> RichTable:
         table = RichTable()
-        for index, column in enumerate(self.columns):
+        for place, index in enumerate(chosen):
+            column = self.columns[index]
             name = column.title + (f"\n{column.unit}" if column.unit else "")
             # a name that is cut short may be that of several rows
-            table.add_column(name, justify="right" if index else "left", overflow="ellipsis" if index else "fold")
+            least = self._width(index) - 3 if place else None
+            table.add_column(name, justify="right" if place else "left", overflow="fold", width=least)
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(row[index]) for index in chosen))
         return table
 
     def markdown(self) -> str:

@@ -461,4 +461,4 @@ class Measuring(Runner):
             measured = self.measure(config, run)
         run.write_json(name, measured)
         if self.show is not None:
-            console.print(self.show(measured).rich_rows())
+            console.print(self.show(measured).rich_rows(console.width))
