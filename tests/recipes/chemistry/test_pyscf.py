@@ -13,6 +13,7 @@ pytest.importorskip("pyscf")
 from torchimplicit.recipes.density import compute, integrals, storage
 from torchimplicit.recipes.density.chemistry import from_angstrom, named
 from torchimplicit.recipes.density.integrals import check_functional
+from torchimplicit.recipes.density.prepare import prepare
 from torchimplicit.recipes.density.settings import ChemistrySettings
 from torchimplicit.recipes.runtime.errors import UserError
 
@@ -121,6 +122,16 @@ def test_ions_can_be_computed(tmp_path):
     storage.write(tmp_path / "oh.npz", compute.compute(hydroxide, replace(SETTINGS, grid=0, scf_grid=1)))
     molecule = storage.load(tmp_path / "oh.npz")
     assert float(molecule.count(molecule.reference)) == pytest.approx(10, abs=1e-8)
+
+
+def test_a_closed_shell_with_a_narrow_gap_is_doubted(water, tmp_path):
+    methylene = from_angstrom("CH2", [("C", (0, 0, 0)), ("H", (0, 0.86, 0.6)), ("H", (0, -0.86, 0.6))])
+    (done,) = prepare([methylene], SETTINGS, tmp_path)
+    (again,) = prepare([methylene], SETTINGS, tmp_path)
+    assert "an open shell may have less energy" in done.note
+    assert again.note == done.note
+    assert not water.doubt
+    assert compute.orbital_gap(np.zeros(1), 2) == np.inf  # no orbital is empty
 
 
 def test_a_calculation_that_does_not_converge(water):

@@ -69,6 +69,7 @@ def compute(geometry: Geometry, settings: ChemistrySettings) -> Record:
         attraction=float(np.vdot(mol.intor("int1e_nuc"), orbitals)),
         hartree=float(energies.ecoul),
         seconds=time.monotonic() - began,
+        gap=orbital_gap(field.mo_energy, geometry.electrons),
     )
 
 
@@ -112,9 +113,21 @@ def kohn_sham(mol: Any, settings: ChemistrySettings, guess: Array) -> Any:
     if not field.converged:
         raise NotComputedError(
             f"the Kohn-Sham iteration did not converge to {settings.scf_tolerance:g} hartree in {settings.scf_cycles} "
-            "cycles; allow it more --scf-cycles, or look at the geometry"
+            "cycles; allow it more --scf-cycles, or look at the geometry; open shells, such as those of O2, of most "
+            "single atoms and of broken bonds, are not supported"
         )
     return field
+
+
+def orbital_gap(energies: Array, electrons: int) -> float:
+    """How far the lowest empty orbital is above the highest occupied one; infinite if none is empty.
+
+    Args:
+        energies: of the orbitals, ascending, ``[orbitals]``.
+        electrons: how many, two to an orbital.
+    """
+    occupied = electrons // 2
+    return float(energies[occupied] - energies[occupied - 1]) if occupied < len(energies) else math.inf
 
 
 def _record_of(geometry: Geometry, settings: ChemistrySettings, mol: Any, densities: list[Array]) -> Record:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torchimplicit.recipes.density.compute import (
     computing,
     constrained_fit,
     kohn_sham,
+    orbital_gap,
     superposition,
 )
 from torchimplicit.recipes.density.integrals import (
@@ -88,6 +89,9 @@ class Labels:
     loss: Tensor
     gap: Tensor
     seconds: float
+
+    doubt: ClassVar[str] = ""
+    """They have none of their own, beside that of the molecule."""
 
     @property
     def learned(self) -> Tensor:
@@ -216,8 +220,7 @@ class _System:
 
         energies, orbitals = eigh(fock + coulomb_matrix(self.integrals, perturbation), self.metric)
         occupied = self.electrons // 2
-        gap = energies[occupied] - energies[occupied - 1] if occupied < len(energies) else np.inf
-        return 2 * orbitals[:, :occupied] @ orbitals[:, :occupied].T, float(gap)
+        return 2 * orbitals[:, :occupied] @ orbitals[:, :occupied].T, orbital_gap(energies, self.electrons)
 
     def perturbation(self, fock: Array, target: float, draw: np.random.Generator) -> Array:
         """A random fitted density, ``[n]``, whose potential takes the step from a Fock matrix about as far from the

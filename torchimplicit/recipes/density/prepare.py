@@ -121,7 +121,7 @@ class Work:
 
     Attributes:
         name: name of the file of a geometry.
-        compute: compute a geometry's; the result has the ``seconds`` that it took.
+        compute: compute a geometry's; the result has the ``seconds`` that it took, and what is in ``doubt`` of it.
         write: write a result to a path.
         read: read a file, with a :class:`~torchimplicit.recipes.density.storage.BrokenFileError` where it is none.
     """
@@ -132,14 +132,13 @@ class Work:
     read: Callable[[Path], Any]
 
     def there(self, path: Path) -> tuple[bool, str]:
-        """Return whether the file exists and is intact, and a note if it is not."""
+        """Return whether the file exists and is intact, and a note."""
         if not path.exists():
             return False, ""
         try:
-            self.read(path)
+            return True, self.read(path).doubt
         except BrokenFileError as error:
             return False, f"computed again: {error}"
-        return True, ""
 
     def carry_out(self, geometry: Geometry, path: Path, note: str) -> Outcome:
         """Compute for one molecule and write its file."""
@@ -150,6 +149,7 @@ class Work:
             return Outcome(geometry=geometry, reason=str(error), note=note)
         except OSError as error:
             return Outcome(geometry=geometry, reason=f"{path} cannot be written ({error.strerror or error})", note=note)
+        note = "; ".join(filter(None, (note, result.doubt)))
         return Outcome(geometry=geometry, path=path, seconds=result.seconds, note=note)
 
 
@@ -171,7 +171,7 @@ def _done(
             continue
         there, note = work.there(path)
         if there:
-            outcomes[path] = Outcome(geometry=geometry, path=path)
+            outcomes[path] = Outcome(geometry=geometry, path=path, note=note)
             watch(outcomes[path])
         else:
             wanted[path] = (geometry, path, note)

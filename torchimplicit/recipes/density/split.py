@@ -95,6 +95,8 @@ def located(config: Molecules, console: Console = SILENT) -> tuple[dict[str, dic
         if outcome.seconds:
             name, seconds = outcome.geometry.name, outcome.seconds
             console.print(f"{name} computed in {seconds:.0f} s, {place} of {total} molecules", highlight=False)
+        if outcome.note:
+            console.print(f"{outcome.geometry.name}: {outcome.note}", highlight=False, soft_wrap=True)
 
     folder = config.data_dir or cache_folder("molecules")
     files: dict[str, dict[str, Path]] = {}
