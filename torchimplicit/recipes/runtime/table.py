@@ -78,9 +78,11 @@ class Table:
         return Group(*(self._part([head, *part]) for part in parts))
 
     def _width(self, index: int) -> int:
-        """Characters that a column needs, with its frame: no cell is cut, and a title breaks between its words."""
+        """Characters that a column needs, with its frame: no cell is cut, and titles and sentences break between
+        their words."""
         column = self.columns[index]
-        return 3 + max(map(len, [*column.title.split(), column.unit, *(row[index] for row in self.rows)]))
+        cells = [word for row in self.rows for word in (row[index].split() if len(row[index]) > 40 else [row[index]])]
+        return 3 + max(map(len, [*column.title.split(), column.unit, *cells]))
 
     def _part(self, chosen: Sequence[int]) -> RichTable:
         table = RichTable()
@@ -89,7 +91,7 @@ class Table:
             name = column.title + (f"\n{column.unit}" if column.unit else "")
             # a name that is cut short may be that of several rows
             least = self._width(index) - 3 if place else None
-            table.add_column(name, justify="right" if place else "left", overflow="fold", width=least)
+            table.add_column(name, justify="right" if place else "left", overflow="fold", min_width=least)
         for row in self.rows:
             table.add_row(*(Text(row[index]) for index in chosen))
         return table
