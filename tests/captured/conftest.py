@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 
+from torchimplicit import solve_counts
+from torchimplicit.captured import Capture, Capturing
 from torchimplicit.precision import TORCH_RELEASE
 
 if TORCH_RELEASE < (2, 13):  # nothing is compiled there
@@ -27,3 +30,38 @@ def interpreted(monkeypatch):
     torch.use_deterministic_algorithms(True)  # which fills them so
     yield
     torch.use_deterministic_algorithms(before)
+
+
+
+@pytest.fixture
+def compiled_as_declared(request, monkeypatch):
+    """Every solve of the test is compiled, and so is every first-order backward pass; or ``falls_back`` of its class
+    has the test's name, with a part of the warning that says why not, or nothing where the eager path takes over
+    without one."""
+    counts, before = Counter(), solve_counts()
+
+    def counted(owner, name, as_what):
+        method = getattr(owner, name)
+
+        def call(*args):
+            result = method(*args)
+            counts["asked for" if as_what is None else as_what if result is not None else "given up"] += 1
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(Capturing, "tensors", None)
+    counted(Capture, "solve", "solved")
+    for name in ("pull", "come_back"):
+        counted(Capture, name, "differentiated")
+    yield counts
+    reasons = [kind for kind in (solve_counts() - before).warnings if kind.startswith("not captured: ")]
+    declared = request.cls.falls_back.get(request.node.originalname)
+    if declared is None:
+        assert not reasons
+        assert counts["solved"] >= counts["asked for"]
+        assert not counts["given up"]
+    else:
+        assert counts["solved"] < counts["asked for"] or counts["given up"], "it is compiled, and not declared so"
+        assert bool(reasons) == bool(declared)
+        assert all(declared in reason for reason in reasons)

@@ -100,3 +100,40 @@ def test_other_batches_are_served_by_the_same_code():
 def test_a_schedule_of_steps_is_left_to_the_eager_loop():
     with pytest.raises(CaptureWarning, match="schedule"):
         both(FixedPointIteration(max_steps=3), step_size=lambda step: 0.01)
+
+
+@pytest.mark.parametrize("constraint", [None, "box"])
+def test_broyden_takes_the_steps_of_the_eager_loop_in_any_unit(constraint):
+    weight = 0.5 * torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    target = torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6]], dtype=torch.float64)
+
+    def f(z, x, shift, unit):
+        return unit[0] * torch.tanh(z / unit[0] @ weight + x / unit[1] + shift)
+
+    def loss(z, x, shift, unit):
+        return unit[2] * ((z / unit[0] - target).square().sum(1) + 0.1 * (x / unit[1]).square().sum(1))
+
+    def found(compile, *units):
+        unit = torch.tensor(units, dtype=torch.float64)
+        shift = torch.full((2, 3), 0.2, dtype=torch.float64, requires_grad=True)
+        start = torch.full((2, 3), 0.1, dtype=torch.float64)
+        size = 0.1 * unit[1] ** 2 / unit[2]
+        box = None if constraint is None else ti.Box(-0.2 * unit[1], 0.2 * unit[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CaptureWarning)
+            problem = JointInference(f, loss, size, constraint=box)
+            solver = ti.Broyden(max_steps=300, atol=1e-300)
+            given = start * unit[0], start * unit[1]
+            solution = ti.solve(problem, given, shift, unit, solver=solver, compile=compile)
+            assert solution.converged.all(), solution.summary()
+            (slope,) = torch.autograd.grad((solution.value.x / unit[1]).sum(), shift)
+        return solution, solution.value.x.detach() / unit[1], slope
+
+    before, (one, x, slope) = compilations(), found(False, 1.0, 1.0, 1.0)
+    for units in ((1.0, 1.0, 1.0), (1e-30, 1.0, 1.0), (1e30, 1.0, 1.0), (1.0, 1e-30, 1.0), (1.0, 1.0, 1e30)):
+        two, *compiled = found(True, *units)
+        assert torch.equal(two.steps, one.steps)
+        assert two.evaluations == one.evaluations - 1  # by which the eager loop looks at samples beside each other
+        torch.testing.assert_close(two.residual, one.residual, rtol=1e-2, atol=1e-14)
+        torch.testing.assert_close(compiled, [x, slope], rtol=1e-9, atol=1e-10)
+    assert compilations() == before + 1

@@ -203,12 +203,12 @@ class Capturing:
         passes = self.passes
         refusal = self._refusal(layout, flat)
         if refusal is not None:
-            tell(self.problem, refusal)
+            tell(refusal)
             return None
         if isinstance(self.problem, Minimum) and self.problem.constraint is not None and not passes.solved:
             # the multiplier's part of an estimate is no term of the projected series
             if torch.is_grad_enabled() and (passes.estimate or passes.continuation):
-                tell(self.problem, "its backward pass alone: on a constraint, estimates are not compiled")
+                tell("its backward pass alone: on a constraint, estimates are not compiled")
             passes = replace(passes, estimate=None, continuation=None)
         lower = AutocastState(layout.device).dtype
         adjoint = passes.estimate
@@ -216,7 +216,7 @@ class Capturing:
             low = lower or layout.dtype
             adjoint = Adjoint.of(passes.linear_solver, passes.solver, self.problem, layout.dim, low)
             if adjoint is None and torch.is_grad_enabled():
-                tell(self.problem, f"its backward pass alone: {type(passes.linear_solver).__name__} is not compiled")
+                tell(f"its backward pass alone: {type(passes.linear_solver).__name__} is not compiled")
         plan = Plan(
             _statement(self.problem),
             layout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from torchimplicit.problems.minimum import MinimumSystem
 from torchimplicit.solution import GROWTH_LIMIT, Status
 from torchimplicit.solvers import Solver
 from torchimplicit.solvers.given_steps import relative
+from torchimplicit.solvers.joint_units import part_units
 from torchimplicit.solvers.magnitude import extreme
 from torchimplicit.solvers.result import worst
-from torchimplicit.solvers.tolerance import Judge
+from torchimplicit.solvers.tolerance import Judge, by_leaf
 from torchimplicit.state import row_norm
 
 
@@ -71,10 +73,17 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
     coupled = graph.problem.batched and not graph.problem.rowwise
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        system, params = graph.system(inputs)
-        step, way = step_of(solver, graph, system, z0, inputs), _way(graph, system, z0, inputs)
+        stated, units = graph.system, None
+        system, params = stated(inputs)
+        if isinstance(system, JointSystem) and solver.mixes_parts:
+            units = _Units.of(graph, system, params, z0, inputs)
+            stated, inputs, z0 = units.stated, (*inputs, units.each), z0 / units.every
+            system, params = stated(inputs)
+        step, way = step_of(solver, graph, system, z0, inputs), _way(graph, stated, z0, inputs)
         first = way.at(z0, inputs)
-        judge = Judge(system, first, solver.rtol, solver.atol)
+        judge = Judge(system, first, solver.rtol, solver.atol if units is None else None)
+        if units is not None and judge.floor is not None and solver.atol is not None:
+            judge.floor = judge.floor + by_leaf(solver.atol, system, first.size(), "atol") / units.each
         first = judge.start(first)
         if judge.measure is not None and solver.wants_product():
             operator = system.operator(system.linearize(z0, params), False)
@@ -94,9 +103,12 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         odd = extreme(torch.where(parts > 0, result.size / parts, 0)).any()
         if judge.measure is not None:
             odd = odd | extreme(known[0]).any()
+        z, size, residual = result.z, result.size, worst(parts)
+        if units is not None:
+            z, size, known = z * units.every, size * units.each, tuple(t * units.each for t in known)
+            count = count + 2 * units.known
         figures = torch.stack((count, flag, odd.long()))
-        residual = worst(parts)
-        return result.z, result.status, result.steps, residual, result.size, parts, figures, *known
+        return z, result.status, result.steps, residual, size, parts, figures, *known
 
     return compiled(solve, (graph.flat(), *graph.others))
 
@@ -111,7 +123,7 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
         assert isinstance(step, Step)
         before, point, z = None, None, z0.clone()
         if count:
-            evaluate = _evaluate(graph, z0, inputs)
+            evaluate = _evaluate(graph, graph.system, z0, inputs)
             first = evaluate(z0, inputs)
             if first.scale is None and solver.wants_product():
                 operator = system.operator(system.linearize(z0, params), False)
@@ -127,22 +139,58 @@ def _compiled_steps(graph: Graph, solver: Solver, count: int) -> Compiled:
     return compiled(solve, (graph.flat(), *graph.others))
 
 
-def _way(graph: Graph, system: System, z: Tensor, inputs: Any) -> Way:
+Stated = Callable[[Sequence[Any]], tuple[System, tuple[Tensor, ...]]]
+"""The problem and its parameters, of the inputs of a graph but for the state: see :meth:`Graph.system`."""
+
+
+class _Units(NamedTuple):
+    """Those in which a joint problem is solved: see :mod:`torchimplicit.solvers.joint_units`.
+
+    Attributes:
+        stated: the problem in these units, of the graph's inputs and ``each``.
+        each: of the parts, float64 ``[3]``; ``every``: of the state's entries, ``[dim]``.
+        known: bool scalar; ones stand for units that are not known.
+    """
+
+    stated: Stated
+    each: Tensor
+    every: Tensor
+    known: Tensor
+
+    @staticmethod
+    def of(graph: Graph, system: JointSystem, params: Sequence[Tensor], z0: Tensor, inputs: Any) -> _Units:
+        """The units at the start ``z0``; takes two evaluations."""
+        way = _way(graph, graph.system, z0, inputs)
+        each = part_units(system, way.at(z0, inputs), params, lambda z: way.evaluate(z, inputs))
+        known = ((each > 0) & (each < torch.inf)).all()
+        each = torch.where(known, each, 1).double()
+        sizes = (system.parts.z, system.parts.z, system.parts.x)
+        every = torch.cat([unit.expand(size) for unit, size in zip(each.unbind(), sizes, strict=True)])
+
+        def stated(inputs: Sequence[Any]) -> tuple[System, tuple[Tensor, ...]]:
+            system, params = graph.system(inputs[:-1])
+            assert isinstance(system, JointSystem)
+            return system.in_part_units(*inputs[-1].unbind()), params
+
+        return _Units(stated, each, every.to(z0.dtype), known)
+
+
+def _way(graph: Graph, stated: Stated, z: Tensor, inputs: Any) -> Way:
     def place(z: Tensor, inputs: Any) -> Tensor:
-        system, params = graph.system(inputs)
+        system, params = stated(inputs)
         return system.project(z, params)
 
-    evaluate = _evaluate(graph, z, inputs)
+    evaluate, (system, _) = _evaluate(graph, stated, z, inputs), stated(inputs)
     if isinstance(system, JointSystem):
         return Way(evaluate, None if system.set is None else place, system.refined)
     return Way(evaluate, place if isinstance(system, MinimumSystem) and system.hyperplane is not None else None)
 
 
-def _evaluate(graph: Graph, z: Tensor, inputs: Any) -> Evaluate:
+def _evaluate(graph: Graph, stated: Stated, z: Tensor, inputs: Any) -> Evaluate:
     """An evaluation as the loop makes it; where that takes a gradient, autograd has to have run before the loop."""
 
     def at(z: Tensor, *inputs: Any) -> Point:
-        system, params = graph.system(inputs)
+        system, params = stated(inputs)
         return system.at(z, params)
 
     if not graph.problem.by_gradient:

@@ -89,7 +89,7 @@ class Artifact:
             return None if self.slower is None else self.slower()
         except Exception as error:  # whatever the compiler stumbles over, the eager path does not need it
             self.slower = None
-            tell(self.graph.problem, f"its backward pass, where the adjoint series is slow: {_reason(error)}")
+            tell(f"its backward pass, where the adjoint series is slow: {_reason(error)}")
             return None
 
 
@@ -156,11 +156,15 @@ _names = itertools.count()
 
 
 class Program:
-    """The compiled forms of one function under one plan, which dynamo tells apart by its guards."""
+    """The compiled forms of one function under one plan, which dynamo tells apart by its guards.
+
+    Attributes:
+        refused: why there are none; ``None`` for as long as the compiler has not failed.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.refused = False
+        self.refused: str | None = None
         # by this name dynamo remembers which sizes and numbers have varied: another program's are none of its business
         code = _evaluate.__code__.replace(co_name=f"captured_{next(_names)}")
         function = types.FunctionType(code, _evaluate.__globals__, _evaluate.__name__)
@@ -276,17 +280,16 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
 
 
 _programs: weakref.WeakKeyDictionary[Any, dict[Plan, Program]] = weakref.WeakKeyDictionary()
-_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args: tuple[Any, ...]) -> Bound | None:
-    """The captured form of a solve; ``None`` where there is none, with one warning that says why.
+    """The captured form of a solve; ``None`` where there is none, with a warning that says why.
 
     Args:
         differentiated: whether there can be a backward pass; if not, that of the plan is compiled no sooner.
     """
     if TORCH_RELEASE < (2, 13):
-        tell(problem, "PyTorch 2.13 or newer is needed for that")
+        tell("PyTorch 2.13 or newer is needed for that")
         return None
     try:
         programs = _programs.setdefault(known_by(problem.stated_by), {})
@@ -295,18 +298,17 @@ def bind(problem: Problem, plan: Plan, differentiated: bool, flat: Tensor, args:
             plan = replace(plan, adjoint=None, continuation=None)
             program = programs.get(plan)
     except TypeError as error:
-        tell(problem, f"nothing can be remembered for it ({error})")
+        tell(f"nothing can be remembered for it ({error})")
         return None
     if program is None:
         program = programs[plan] = Program(plan)
-    if program.refused:
-        return None
-    try:
-        return program.bind(problem, flat, args)
-    except Exception as error:  # whatever the compiler stumbles over, the eager loop does not need it
-        program.refused = True
-        tell(problem, _reason(error))
-        return None
+    if program.refused is None:
+        try:
+            return program.bind(problem, flat, args)
+        except Exception as error:  # whatever the compiler stumbles over, the eager loop does not need it
+            program.refused = _reason(error)
+    tell(program.refused)
+    return None
 
 
 def training(function: Any) -> bool:
@@ -315,19 +317,10 @@ def training(function: Any) -> bool:
     return module is not None and module.training
 
 
-def tell(problem: Problem, reason: str) -> None:
-    """Warn, once for each reason, that a solve is not captured."""
-    try:
-        reasons = _told.setdefault(known_by(problem.stated_by), set())
-    except TypeError:
-        reasons = set()
-    if reason not in reasons:
-        reasons.add(reason)
-        notice(
-            f"not captured: {reason}",
-            f"compile=True: this solve is not captured, and the eager loop serves: {reason}",
-            CaptureWarning,
-        )
+def tell(reason: str) -> None:
+    """Warn that a solve is not captured."""
+    message = f"compile=True: this solve is not captured, and the eager loop serves: {reason}"
+    notice(f"not captured: {reason}", message, CaptureWarning)
 
 
 def _reason(error: BaseException) -> str:

@@ -164,7 +164,7 @@ class JointSystem(ImageSystem):
         weights = torch.stack((torch.ones_like(of_x), gain * of_x, of_x), dim=1)
         return torch.where(((weights > 0) & (weights < torch.inf)).all(dim=1, keepdim=True), weights, 1)
 
-    def in_part_units(self, of_z: float, of_mu: float, of_x: float) -> JointSystem:
+    def in_part_units(self, of_z: float | Tensor, of_mu: float | Tensor, of_x: float | Tensor) -> JointSystem:
         """The same problem with the parts of the state divided by these numbers, and the loss by ``of_mu * of_z``."""
         fn, own, set_, schedule = self.fn, self.own, self.set, self.schedule
         pace = 1 / of_x if self.normalized else of_mu / of_x * (of_z / of_x)

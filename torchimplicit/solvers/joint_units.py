@@ -15,10 +15,26 @@ from torchimplicit.closure import is_transformed
 from torchimplicit.precision import widened, working_dtype
 from torchimplicit.problems import Point
 from torchimplicit.problems.joint_system import JointSystem
-from torchimplicit.problems.system import largest
 from torchimplicit.solvers.base import Solver
 from torchimplicit.solvers.broyden import BroydenState
 from torchimplicit.solvers.result import SolverResult
+
+
+@torch.no_grad()
+def part_units(
+    system: JointSystem, first: Point, params: Sequence[Tensor], evaluate: Callable[[Tensor], Point]
+) -> Tensor:
+    """``[3]``, the units of the parts in which none acts much more strongly on the others than they on it
+    (:meth:`JointSystem.weights`); zero or not finite where they are not known. Takes one evaluation.
+
+    Args:
+        first: the point to begin at; it is evaluated.
+    """
+    assert first.image is not None
+    after_step = system.refined(evaluate(system.project(first.image, params)), first)
+    assert after_step.image is not None
+    size = widened(system.parts.split(after_step.image)[0]).nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    return size / system.weights(after_step, first.z, first.residual).log().mean(dim=0).exp()
 
 
 def in_part_units(
@@ -29,21 +45,15 @@ def in_part_units(
     params: Sequence[Tensor],
     only: Tensor | None,
 ) -> SolverResult | None:
-    """The outcome of a joint problem in units of its parts in which none acts much more strongly on the others than
-    they on it (:meth:`JointSystem.weights`), in its own; ``None`` where these units are not known.
+    """The outcome of a joint problem that is solved in :func:`part_units`, in its own; ``None`` where these units are
+    not known.
 
     Args:
         first: the point to begin at; it is evaluated.
     """
     if any(map(is_transformed, (first.z, *params))):
         return None
-    with torch.no_grad():
-        assert first.image is not None
-        after_step = system.refined(system.at(system.project(first.image, params), params), first)
-        weights = system.weights(after_step, first.z, first.residual)
-        size = largest(system.parts.split(after_step.image)[0]) if after_step.image is not None else 0.0
-        sizes = size / weights.log().mean(dim=0).exp()
-    units = sizes.tolist()
+    units = part_units(system, first, params, lambda z: system.at(z, params)).tolist()
     if not all(0 < unit < math.inf for unit in units):
         return None
     changes: dict[str, Any] = {}
