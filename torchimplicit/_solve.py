@@ -96,7 +96,7 @@ def solve(
 
     Warns:
         ConvergenceWarning: a sample stopped at ``max_steps`` or broke down.
-        CaptureWarning: ``compile=True``, but the solve cannot be compiled; once for each reason.
+        CaptureWarning: ``compile=True``, but the solve cannot be compiled; once for each reason and line.
     """
     return solve_from([z0], problem, args, solver=solver, gradient=gradient, throw=throw, compile=compile)
 

@@ -57,6 +57,8 @@ def compiled_as_declared(request, monkeypatch):
     yield counts
     reasons = [kind for kind in (solve_counts() - before).warnings if kind.startswith("not captured: ")]
     declared = request.cls.falls_back.get(request.node.originalname)
+    if not counts["asked for"]:
+        return
     if declared is None:
         assert not reasons
         assert counts["solved"] >= counts["asked for"]

@@ -22,6 +22,7 @@ pytestmark = [
 ]
 SPIED = "keeps tensors that it computes"
 KEPT = "keep what compiled code does not"
+COUPLED = "depend on each other"
 SILENTLY = ""
 
 
@@ -44,6 +45,7 @@ class _Compiled(SolverSuite):
         "test_given_steps_are_those_of_a_solve_and_are_all_taken": KEPT,
         "test_keeps_the_trajectory": KEPT,
         "test_a_state_that_is_a_tree": KEPT,
+        "test_every_leaf_is_judged_by_itself": "structure",  # of a tolerance, which the eager loop does not take either
     }
 
     def function(self, z: torch.Tensor, x: torch.Tensor, difficulty: torch.Tensor) -> torch.Tensor:
@@ -83,6 +85,7 @@ class TestCompiledGradientDescent(_Compiled):
 @pytest.mark.usefixtures("interpreted")
 class TestCompiledLBFGS(_Compiled):
     kind = "energy"
+    falls_back: ClassVar = {**_Compiled.falls_back, "test_samples_that_depend_on_each_other": COUPLED}
     unrolled = False
     reads, row_cost = 2.5, 1.8  # where the eager loop serves
     function = SolverSuite.function
@@ -93,6 +96,11 @@ class TestCompiledLBFGS(_Compiled):
 
 @pytest.mark.usefixtures("interpreted")
 class TestCompiledNewton(_Compiled):
+    falls_back: ClassVar = {
+        **_Compiled.falls_back,
+        "test_samples_that_depend_on_each_other": COUPLED,
+        "test_the_figures_are_those_of_what_is_returned": COUPLED,
+    }
     unrolled = False
     half = False
     reads, row_cost = 60.0, 3.9
@@ -104,6 +112,7 @@ class TestCompiledNewton(_Compiled):
 @pytest.mark.usefixtures("interpreted")
 class TestCompiledNewtonDescent(_Compiled):
     kind = "energy"
+    falls_back: ClassVar = {**_Compiled.falls_back, "test_samples_that_depend_on_each_other": COUPLED}
     unrolled = False
     half = False
     reads, row_cost = 60.0, 3.9

@@ -213,7 +213,7 @@ def _by_series(adjoint: Adjoint, system: System, product: Product, saved: Any, r
     size = torch.linalg.vector_norm(b - first.residual, dim=-1) / torch.where(scale > 0, scale, 1)
     judge = Judge(system, first, adjoint.rtol, 0.0)
     judge.floor = adjoint.atol * right.factor
-    rule = Rule(judge, torch.full_like(scale, torch.inf), torch.ones_like(scale), False)
+    rule = Rule(judge, torch.full_like(scale, torch.inf), (), False)
     result, count, _ = run(adjoint.step(), Way(evaluate), first, rule, (b, scale, saved), adjoint.max_steps)
     solved = result.status == Status.CONVERGED
     return Solved(result.z, solved, result.steps, count + 2, size, torch.ones_like(solved))

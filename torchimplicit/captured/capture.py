@@ -62,7 +62,10 @@ class Capture:
         """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once. Where
         samples are not solved beyond doubt, the eager loop goes on with ``system``."""
         inputs = self.bound.inputs_at((z0, *params), params)
-        if inputs is None or (solver.steps is None and as_one(solver, system)):
+        if solver.steps is None and as_one(solver, system):
+            tell(f"its samples depend on each other, and {type(solver).__name__} solves them as one system")
+            return None
+        if inputs is None:
             return None
         outputs = self.bound.artifact.forward(z0.contiguous(), *inputs)
         forward = Forward._make((*outputs[:7], tuple(outputs[7:])))

@@ -93,7 +93,7 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         parts, unsure = result.parts, result.status != Status.CONVERGED if coupled else None
         known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
         if judge.measure is not None and not solver.by_products:
-            parts, unsure, seen = _looked_at(rule.at(rule.constants(), terms), system, params, result, solver)
+            parts, unsure, seen = _looked_at(rule.at(rule.constants(), rule.unit, terms), system, params, result, solver)
             if solver.searches:
                 unsure = unsure | _odd(result, seen if coupled else None, system)
         elif solver.searches:
@@ -246,5 +246,6 @@ def _rule_of(judge: Judge, first: Point, solver: Solver, coupled: bool) -> Rule:
         # the energy falls in every step, and from beside a saddle that leads to where gradients are steep
         limit = limit * GROWTH_LIMIT**2
     limit = torch.where(limit == 0, torch.inf, limit)  # a start at the solution, which others may move
-    unit = torch.where((size > 0) & (size < torch.inf), size, 1)
+    tiny = torch.finfo(size.dtype).tiny
+    unit = () if size.ndim == 1 else torch.where((size > 0) & (size < torch.inf), size, tiny)
     return Rule(judge, limit, unit, coupled and not solver.searches)

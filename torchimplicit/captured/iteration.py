@@ -16,7 +16,8 @@ from torchimplicit.captured.loop import while_loop
 from torchimplicit.captured.search import Ground, Moved, Searching, fields
 from torchimplicit.captured.steps import Stage, Step, Stepping, place_of
 from torchimplicit.problems import Point
-from torchimplicit.solution import Status
+from torchimplicit.solution import GROWTH_LIMIT, Status
+from torchimplicit.solvers.iterate import APPEARS
 from torchimplicit.solvers.result import relative_to
 from torchimplicit.solvers.tolerance import RUN_OFF, Judge
 
@@ -42,23 +43,24 @@ class Rule(NamedTuple):
     Attributes:
         judge: the rule of the solvers' loop, at the first point.
         limit: ``[batch]``, beyond which the residual has grown without bound.
-        unit: of the residuals of leaves, ``[batch, leaves]``, when it comes to which iterate is the best one.
+        unit: of the residuals of leaves, ``[batch, leaves]``, by which iterates are compared; tiny for a leaf that has
+            shown none yet. An empty tree where the state is a single leaf.
         rejudges: whether samples that had stopped are judged by every later evaluation, since they may depend on
             others.
     """
 
     judge: Judge
     limit: Tensor
-    unit: Tensor
+    unit: Any
     rejudges: bool
 
     def constants(self) -> Any:
         """The tensors that do not change, a tree."""
-        return self.limit, self.unit, _tensors(self.judge), _tensors(self.judge.measure)
+        return self.limit, _tensors(self.judge), _tensors(self.judge.measure)
 
-    def at(self, constants: Any, terms: Any = ()) -> Rule:
-        """The rule with those tensors, in the loop's body, and with what is known of terms by now."""
-        limit, unit, of_judge, measured = constants
+    def at(self, constants: Any, unit: Any, terms: Any = ()) -> Rule:
+        """The rule with those tensors, in the loop's body, and with what is known of units and terms by now."""
+        limit, of_judge, measured = constants
         judge = copy(self.judge)
         vars(judge).update(of_judge)
         if judge.measure is not None:
@@ -83,9 +85,28 @@ class Rule(NamedTuple):
         measure.most, measure.begun = torch.where(taken == 0, first, measure.most), True
         return measure.step(point, Point(place.z, place.residual, scale=terms.scale))
 
+    def met(self, point: Point, taken: Tensor) -> Rule:
+        """The rule once ``point`` has been reached by ``taken`` steps: a leaf whose residual was zero at first, as for
+        a state of zeros, has one now."""
+        if not isinstance(self.unit, Tensor):
+            return self
+        size = point.size()
+        tiny = torch.finfo(size.dtype).tiny
+        fresh = torch.where(taken < APPEARS, size.clamp_min(tiny), torch.where(size > 0, size, 1))
+        return self._replace(unit=torch.where((self.unit <= tiny) & (taken <= APPEARS), fresh, self.unit))
+
     def rank(self, size: Tensor) -> Tensor:
         """What the best iterate has least of, ``[batch]``."""
         return size if size.ndim == 1 else (size / self.unit).amax(dim=1)
+
+    def bounded(self, point: Point) -> Tensor:
+        """bool ``[batch]``, whether the residual has not grown without bound. A leaf that had none at first may dwarf
+        the others, whose sum set the limit."""
+        good = point.growth_norm() <= self.limit
+        if not isinstance(self.unit, Tensor):
+            return good
+        each = (point.size() <= GROWTH_LIMIT * self.unit).all(dim=1)
+        return good | (each if point.judgement is None else each & point.judgement.growth.isfinite())
 
 
 _VARYING = ("recent", "most", "local", "known", "refused")
@@ -138,6 +159,7 @@ class _Carried(NamedTuple):
     place: Any
     found: LoopResult
     state: Any
+    unit: Any
     terms: Any
     latest: Any
     spent: Any
@@ -199,7 +221,7 @@ def run(
         later = ("product",) if rule.judge.measure is None else ("product", "scale", "error")
         place = fields(first.changed(**dict.fromkeys(later)))
     spent = torch.zeros_like(step_count) if searches else ()
-    now = _Carried(step_count, place, result, step.start(first), rule.terms(first), latest, spent)
+    now = _Carried(step_count, place, result, step.start(first), rule.unit, rule.terms(first), latest, spent)
     rings = step.rings(first)
     fixed = rule.constants(), constants
     for stage in step.stages():
@@ -241,18 +263,18 @@ def _going(limit: int, stage: Stage) -> Callable[[_Carried], Tensor]:
 def _body(step: Any, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _Carried]:
     def body(now: _Carried, outer: Any, rings: Any) -> _Carried:
         fixed, constants = outer
-        here = rule.at(fixed, now.terms)
-        count = now.step + 1
+        here, count = rule.at(fixed, now.unit, now.terms), now.step + 1
         to, state = step.propose(now.place, now.state, rings, now.step)
         z = torch.where(now.found.running[:, None], to, now.place.z)
         point = here.measured(way.reached(z, constants, now.latest), now.place, now.terms, now.step)
+        here = here.met(point, count)
         result = _judged(point, here, now.found, count)
         place, state = step.learn(now.place, point, state, rings, now.step)
         stopped = now.found.running & ~result.running
         # a sample that stops for good goes to its best iterate: the map never sees a bad state again
         place = place._replace(z=torch.where(stopped[:, None], result.z, place.z))
         latest = _latest(point) if isinstance(now.latest, _Latest) else ()
-        return _Carried(count, place, result, state, here.terms(point), latest, ())
+        return _Carried(count, place, result, state, here.unit, here.terms(point), latest, ())
 
     return body
 
@@ -260,20 +282,22 @@ def _body(step: Any, way: Way, rule: Rule) -> Callable[[_Carried, Any, Any], _Ca
 def _searching(step: Any, way: Way, rule: Rule, max_steps: int) -> Callable[[_Carried, Any, Any], _Carried]:
     def body(now: _Carried, outer: Any, rings: Any) -> _Carried:
         fixed, constants = outer
-        here = rule.at(fixed, now.terms)
+        here = rule.at(fixed, now.unit, now.terms)
         running, at, count = now.found.running, Point(**now.place), now.step + 1
         moved: Moved = step.move(Ground(way.at, constants, running, here.judge), at, now.state, rings)
         to = moved.point.select(running, at)
         if here.judge.measure is not None and moved.refused is not None:
             here.judge.measure.refuse(moved.refused)
         point = here.measured(to, at, now.terms, now.step)
+        here = here.met(point, count)
         solved = torch.zeros_like(running) if moved.solved is None else moved.solved
         last = torch.full_like(running, not step.confirms) | (count == max_steps)
         result = _judged(point, here, now.found, count, _Told(solved, moved.breakdown, last))
         stopped = running & ~result.running
         place = fields(to.changed(z=torch.where(stopped[:, None], result.z, to.z)))
         latest = _latest(point) if isinstance(now.latest, _Latest) else ()
-        return _Carried(count, place, result, moved.state, here.terms(point), latest, now.spent + moved.spent)
+        spent = now.spent + moved.spent
+        return _Carried(count, place, result, moved.state, here.unit, here.terms(point), latest, spent)
 
     return body
 
@@ -291,7 +315,7 @@ def _judged(point: Point, rule: Rule, result: LoopResult, count: Tensor, verdict
         status, running = torch.where(resumed, _RUNNING, status), running | resumed
         known = torch.where(resumed if known.ndim == 1 else resumed[:, None], torch.inf, known)
         best = torch.where(resumed, torch.inf, best) if isinstance(best, Tensor) else best
-    good = point.growth_norm() <= rule.limit
+    good = rule.bounded(point)
     stopped = running & (done | ~good if verdict is None else done | verdict.broken | ~good)
     if point.judgement is None:
         better = running & (rule.rank(size) < rule.rank(known)) | stopped & done

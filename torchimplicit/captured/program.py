@@ -56,7 +56,7 @@ class Plan:
 
     problem: tuple[Any, ...]
     layout: Layout
-    solver: Solver
+    solver: Solver = field(hash=False)  # tolerances may be given as lists
     adjoint: Adjoint | None
     continuation: Continuation | None
     needs_grad: tuple[bool, ...]
