@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import Counter
 
 import pytest
@@ -32,13 +33,13 @@ def interpreted(monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
-
 @pytest.fixture
 def compiled_as_declared(request, monkeypatch):
     """Every solve of the test is compiled, and so is every first-order backward pass; or ``falls_back`` of its class
     has the test's name, with a part of the warning that says why not, or nothing where the eager path takes over
     without one."""
     counts, before = Counter(), solve_counts()
+    monkeypatch.setattr("torchimplicit.coupling._memories", weakref.WeakKeyDictionary())
 
     def counted(owner, name, as_what):
         method = getattr(owner, name)

@@ -442,3 +442,26 @@ def test_leaves_in_units_of_their_own_take_the_steps_of_the_eager_loop(unit):
     assert captured.converged.all()
     assert (captured.steps - eager.steps).abs().max() <= 1
     torch.testing.assert_close(captured.value[1] / unit, eager.value[1] / unit, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+@pytest.mark.usefixtures("interpreted")
+def test_a_leaf_whose_residual_appears_after_the_start_is_judged_in_its_own_unit(unit):
+    w, x = weight(requires_grad=False), inputs(5)[1].detach()
+
+    def f(state, x, unit):
+        return torch.tanh(state[0] @ w + x), 0.5 * state[1] + unit * state[0]
+
+    start, size = [torch.zeros_like(x), torch.zeros_like(x)], torch.tensor(unit, dtype=torch.float64)
+    for solver in (Anderson(memory=2, rtol=[1e-12, 1e-10]), Anderson(memory=2, max_steps=4)):
+        found = []
+        for compile in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                problem = FixedPoint(lambda z, x, u: list(f(z, x, u)))
+                found.append(ti.solve(problem, start, x, size, solver=solver, compile=compile))
+        eager, captured = found
+        assert torch.equal(captured.status, eager.status)
+        assert torch.equal(captured.steps, eager.steps)
+        torch.testing.assert_close(captured.value[1] / unit, eager.value[1] / unit, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(captured.residual, eager.residual, rtol=1e-2, atol=1e-14)

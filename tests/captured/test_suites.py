@@ -85,7 +85,6 @@ class TestCompiledGradientDescent(_Compiled):
 @pytest.mark.usefixtures("interpreted")
 class TestCompiledLBFGS(_Compiled):
     kind = "energy"
-    falls_back: ClassVar = {**_Compiled.falls_back, "test_samples_that_depend_on_each_other": COUPLED}
     unrolled = False
     reads, row_cost = 2.5, 1.8  # where the eager loop serves
     function = SolverSuite.function
@@ -96,11 +95,8 @@ class TestCompiledLBFGS(_Compiled):
 
 @pytest.mark.usefixtures("interpreted")
 class TestCompiledNewton(_Compiled):
-    falls_back: ClassVar = {
-        **_Compiled.falls_back,
-        "test_samples_that_depend_on_each_other": COUPLED,
-        "test_the_figures_are_those_of_what_is_returned": COUPLED,
-    }
+    # once it is known that samples depend on each other, they are solved as one system
+    falls_back: ClassVar = {**_Compiled.falls_back, "test_the_figures_are_those_of_what_is_returned": COUPLED}
     unrolled = False
     half = False
     reads, row_cost = 60.0, 3.9
@@ -112,7 +108,6 @@ class TestCompiledNewton(_Compiled):
 @pytest.mark.usefixtures("interpreted")
 class TestCompiledNewtonDescent(_Compiled):
     kind = "energy"
-    falls_back: ClassVar = {**_Compiled.falls_back, "test_samples_that_depend_on_each_other": COUPLED}
     unrolled = False
     half = False
     reads, row_cost = 60.0, 3.9

@@ -16,6 +16,7 @@ from torchimplicit.captured.forward import Forward
 from torchimplicit.captured.methods import refusal
 from torchimplicit.captured.program import Bound, Plan, bind, tell, training
 from torchimplicit.closure import is_transformed, transforms_running, watched
+from torchimplicit.coupling import Coupling
 from torchimplicit.linear import LinearSolver
 from torchimplicit.precision import AutocastState, at_precision
 from torchimplicit.problems import FixedPoint, JointInference, Minimum, Problem, Root, System
@@ -62,9 +63,6 @@ class Capture:
         """The forward solve; ``None`` where it is not the one that was compiled. Reads from the device once. Where
         samples are not solved beyond doubt, the eager loop goes on with ``system``."""
         inputs = self.bound.inputs_at((z0, *params), params)
-        if solver.steps is None and as_one(solver, system):
-            tell(f"its samples depend on each other, and {type(solver).__name__} solves them as one system")
-            return None
         if inputs is None:
             return None
         outputs = self.bound.artifact.forward(z0.contiguous(), *inputs)
@@ -249,11 +247,15 @@ class Capturing:
                 return "the step size follows a schedule, which is Python's"
             if self.passes.solver.steps is not None:
                 return "a given number of steps of a JointInference is not compiled"
+        solver, coupling = self.passes.solver, None
+        if self.problem.batched:
+            coupling = Coupling.of(self.problem.stated_by, len(flat), self.problem.rowwise)
+        if solver.steps is None and as_one(solver, coupling):
+            return f"its samples depend on each other, and {type(solver).__name__} solves them as one system"
         if layout.coordinates is not None:
             return "a Minimum with a metric, or whose constraint is eliminated, is not compiled"
         if isinstance(self.problem, Minimum) and self.problem.on_set:
             return "a Minimum on a constraint is not compiled, but for a single LinearEquality"
-        solver = self.passes.solver
         refused = refusal(solver, self.problem, layout)
         if refused is not None:
             return refused

@@ -73,7 +73,8 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
     coupled = graph.problem.batched and not graph.problem.rowwise
 
     def solve(z0: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        stated, units = graph.system, None
+        stated: Stated = graph.system
+        units: _Units | None = None
         system, params = stated(inputs)
         if isinstance(system, JointSystem) and solver.mixes_parts:
             units = _Units.of(graph, system, params, z0, inputs)
@@ -93,7 +94,9 @@ def compiled_forward(graph: Graph, solver: Solver) -> Compiled:
         parts, unsure = result.parts, result.status != Status.CONVERGED if coupled else None
         known: tuple[Tensor, ...] = (rule.judge.floor,) if rule.judge.floor is not None else terms[:2]
         if judge.measure is not None and not solver.by_products:
-            parts, unsure, seen = _looked_at(rule.at(rule.constants(), rule.unit, terms), system, params, result, solver)
+            parts, unsure, seen = _looked_at(
+                rule.at(rule.constants(), rule.unit, terms), system, params, result, solver
+            )
             if solver.searches:
                 unsure = unsure | _odd(result, seen if coupled else None, system)
         elif solver.searches:

@@ -167,7 +167,7 @@ class JointSystem(ImageSystem):
     def in_part_units(self, of_z: float | Tensor, of_mu: float | Tensor, of_x: float | Tensor) -> JointSystem:
         """The same problem with the parts of the state divided by these numbers, and the loss by ``of_mu * of_z``."""
         fn, own, set_, schedule = self.fn, self.own, self.set, self.schedule
-        pace = 1 / of_x if self.normalized else of_mu / of_x * (of_z / of_x)
+        pace: Any = 1 / of_x if self.normalized else of_mu / of_x * (of_z / of_x)
 
         def scaled(state: tuple[Tensor, Tensor], *params: Tensor) -> Any:
             made, loss = fn((state[0] * of_z, state[1] * of_x), *params)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchimplicit.coupling import broken_promise
+from torchimplicit.coupling import Coupling, broken_promise
 from torchimplicit.linear import PreparedPreconditioner
 from torchimplicit.problems import Point, System
 from torchimplicit.problems.joint_system import JointSystem
@@ -82,7 +82,7 @@ def iterate(
         return take_steps(solver.leading, system, z0, params, first, recorded)
     if isinstance(solver, Polyalgorithm):
         return in_turn(iterate, solver, system, z0, params, first)
-    if as_one(solver, system):
+    if as_one(solver, system.coupling):
         together = as_one_system(iterate, solver, system, z0, params)
         if together is not None:
             return together
@@ -109,9 +109,8 @@ def iterate(
     return examined(iterate, outcome, loop.first_judge, solver, system, params) if loop.extreme else outcome
 
 
-def as_one(solver: Solver, system: System) -> bool:
+def as_one(solver: Solver, coupling: Coupling | None) -> bool:
     """Whether samples are known to depend on each other such that this solver has to solve them as one system."""
-    coupling = system.coupling
     if coupling is None or not coupling.found:
         return False
     return solver.searches or (solver.remembers and coupling.memory.together)
