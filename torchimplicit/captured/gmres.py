@@ -9,53 +9,10 @@ from torch import Tensor
 
 from torchimplicit.captured.linear import Product, Right, Solved
 from torchimplicit.captured.loop import while_loop
-from torchimplicit.captured.steps import Rings, write, written
-from torchimplicit.linear.basis import less, room
+from torchimplicit.captured.rings import Rings, inner, less, write
+from torchimplicit.linear.basis import room
 from torchimplicit.linear.gmres import FALL, threshold
 from torchimplicit.precision import widened
-
-# Passes over the slots of a ring that have been written to, of which there are ``count``: on a CPU the number can be
-# read, and is no size of the graph.
-_library = torch.library.Library("torchimplicit", "FRAGMENT")
-_library.define("ring_inner(Tensor ring, Tensor count, Tensor vectors) -> Tensor")
-_library.define("ring_less(Tensor v, Tensor weights, Tensor ring, Tensor count) -> Tensor")
-_inner, _less = torch.ops.torchimplicit.ring_inner.default, torch.ops.torchimplicit.ring_less.default
-
-
-def _inner_read(ring: Tensor, count: Tensor, vectors: Tensor) -> Tensor:
-    """The inner products ``[batch, n, memory]`` of ``vectors`` (``[batch, n, dim]``) with the ring's
-    (``[batch, memory, dim]``); zero for slots that nothing has been written to."""
-    products = vectors.new_zeros(*vectors.shape[:2], ring.shape[1])
-    k = int(count)
-    products[:, :, :k] = torch.bmm(vectors, ring[:, :k].mT)
-    return products
-
-
-def _inner_masked(ring: Tensor, count: Tensor, vectors: Tensor) -> Tensor:
-    return torch.bmm(vectors, written(ring, count).mT)
-
-
-def _less_read(v: Tensor, weights: Tensor, ring: Tensor, count: Tensor) -> Tensor:
-    """``v`` (``[batch, dim]``) without the sum of the ring's vectors times ``weights`` (``[batch, memory]``)."""
-    k = int(count)
-    return less(v, weights[:, :k], ring[:, :k]) if k else v.clone()
-
-
-def _less_masked(v: Tensor, weights: Tensor, ring: Tensor, count: Tensor) -> Tensor:
-    return less(v, weights, written(ring, count))
-
-
-for _name, _read, _masked in (("ring_inner", _inner_read, _inner_masked), ("ring_less", _less_read, _less_masked)):
-    _library.impl(_name, _read, "CPU")
-    _library.impl(_name, _masked, "CUDA")
-torch.library.register_fake(
-    "torchimplicit::ring_inner",
-    lambda ring, count, vectors: vectors.new_empty(*vectors.shape[:2], ring.shape[1]),
-    lib=_library,
-)
-torch.library.register_fake(
-    "torchimplicit::ring_less", lambda v, weights, ring, count: torch.empty_like(v), lib=_library
-)
 
 
 class _Going(NamedTuple):
@@ -136,12 +93,12 @@ def by_gmres(memory: int, tolerance: Tensor, product: Product, saved: Any, right
         length = torch.where(turned, 1, torch.linalg.vector_norm(r, dim=-1))
         w = product(z.to(given_dtype), *saved).to(z.dtype)
         # one pass over the images: their products with the new one, and with the latest one
-        column, before = _inner(rings[0], k, torch.stack((w, last), 1)).unbind(1)
+        column, before = inner(rings[0], k, torch.stack((w, last), 1)).unbind(1)
         at, here = slots == k - 1, slots == k
         gram = torch.where(at[:, None], before[:, None, :], torch.where(at, before[:, :, None], gram))
         # the inverse of G = I + E but for squares of E
         column = 2 * column - (gram * column[:, None]).sum(-1)
-        w = _less(w, column, rings[0], k)
+        w = less(w, column, rings[0], k)
         size = torch.linalg.vector_norm(w, dim=-1).clamp_min(tiny)
         image = w / size[:, None]
         a = (r * image).sum(-1)
@@ -199,7 +156,7 @@ def _iterate(taken: Tensor, numbers: _Numbers, first: Tensor, images: Tensor) ->
         total = (t - along_image).sum(1, keepdim=True)
         weights = (total - sums) * coefficients
         weights = weights - torch.cat((along_image[:, 1:], torch.zeros_like(turned[:, :1])), 1)
-        return now[0] + 1, _less(total * first, weights, rings[0], taken)
+        return now[0] + 1, less(total * first, weights, rings[0], taken)
 
     # outside of a loop, rings are not what loops have written to them
     start = torch.zeros_like(taken), torch.zeros_like(first)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured.loop import while_loop
+from torchimplicit.captured.rings import Rings, write, written
 from torchimplicit.captured.search import Fields, Ground, Moved, Searching, fields, search
-from torchimplicit.captured.steps import Rings, write, written
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
 from torchimplicit.solvers.lbfgs import PATIENCE, first_length

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torchimplicit.captured.linear import ASSEMBLED, Product, Right, assembled, by_method
 from torchimplicit.captured.loop import while_loop
+from torchimplicit.captured.rings import Rings
 from torchimplicit.captured.search import Fields, Ground, Moved, Searching, fields, search
-from torchimplicit.captured.steps import Rings
 from torchimplicit.linear import CG, GMRES, MINRES, BiCGStab, Dense, LinearSolver
 from torchimplicit.linear.confirmed import SLACK
 from torchimplicit.linear.iterative import IterativeSolver

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchimplicit.captured.loop import while_loop
-from torchimplicit.captured.steps import Rings, Stepping
+from torchimplicit.captured.rings import Rings
+from torchimplicit.captured.steps import Stepping
 from torchimplicit.problems import Point
 from torchimplicit.solvers.line_search import EXPANSIONS, Bracket, level_of, weighed
 from torchimplicit.solvers.tolerance import Judge

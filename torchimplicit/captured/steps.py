@@ -10,15 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchimplicit.captured.rings import Rings, write, written
 from torchimplicit.precision import widened
 from torchimplicit.problems import Point
 from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solvers.anderson import spread
 from torchimplicit.solvers.broyden import unit_of
 from torchimplicit.state import row_norm
-
-Rings = tuple[Tensor, ...]
-"""Long memories, ``[batch, memory, ...]``, which steps write to in place. What has not been written yet is garbage."""
 
 
 class Place(NamedTuple):
@@ -336,16 +334,6 @@ class Secants(Step):
 def _padded(t: Tensor, before: int, after: int) -> Tensor:
     """``[batch, n]`` with zeros before and after; ``torch.nn.functional.pad`` would ask for the batch's size."""
     return torch.cat((t.new_zeros(t.shape[0], before), t, t.new_zeros(t.shape[0], after)), dim=1)
-
-
-def write(ring: Tensor, slot: Tensor, vector: Tensor) -> None:
-    """Put ``vector`` (``[batch, ...]``) into the ``slot`` of a ring."""
-    ring.index_copy_(1, slot.reshape(1), vector[:, None])
-
-
-def written(ring: Tensor, count: Tensor) -> Tensor:
-    """The ring, with zeros in the slots that nothing has been written to."""
-    return torch.where((torch.arange(ring.shape[1], device=ring.device) < count)[:, None], ring, 0)
 
 
 def solved(matrix: Tensor, right: Tensor, least: float) -> Tensor:
