@@ -206,7 +206,7 @@ def test_records_travel():
     train(Module(ti.OneStep()), monitor)
     other = MonitorGradient(every=3)
     other.load_state_dict(monitor.state_dict())
-    assert other.records == monitor.records
+    assert [*map(repr, other.records)] == [*map(repr, monitor.records)]  # their NaNs are not equal to themselves
     assert len(other.records) == 2
 
 
