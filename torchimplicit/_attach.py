@@ -63,7 +63,7 @@ def attach(
 
 
 def _is_array(leaf: Any) -> bool:
-    """Whether ``leaf`` is a NumPy array or the like; without importing NumPy, which is optional."""
+    """Return whether ``leaf`` is a NumPy array or the like; without importing NumPy, which is optional."""
     return not isinstance(leaf, Tensor) and hasattr(leaf, "__array_interface__")
 
 

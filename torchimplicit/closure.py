@@ -40,12 +40,12 @@ from torchimplicit.state import leaves_of
 
 
 def is_transformed(t: Tensor) -> bool:
-    """Whether ``t`` belongs to a running ``torch.func`` transform or carries a forward-mode tangent."""
+    """Return whether ``t`` belongs to a running ``torch.func`` transform or carries a forward-mode tangent."""
     return functorch.is_functorch_wrapped_tensor(t) or (forward_level() >= 0 and has_tangent(t))
 
 
 def has_tangent(t: Tensor) -> bool:
-    """Whether ``t`` itself carries a forward-mode tangent, regardless of running ``torch.func`` transforms."""
+    """Return whether ``t`` itself carries a forward-mode tangent, regardless of running ``torch.func`` transforms."""
     if forward_level() < 0:
         return False
     with without_transforms():  # vmap has no rule for unpack_dual, and other transforms would answer for their level
@@ -53,7 +53,7 @@ def has_tangent(t: Tensor) -> bool:
 
 
 def is_vmapped(t: Tensor) -> bool:
-    """Whether ``t`` belongs to a running ``torch.func.vmap``, at any level."""
+    """Return whether ``t`` belongs to a running ``torch.func.vmap``, at any level."""
     while functorch.maybe_get_level(t) >= 0:
         if functorch.is_batchedtensor(t):
             return True
@@ -62,7 +62,7 @@ def is_vmapped(t: Tensor) -> bool:
 
 
 def transforms_running() -> bool:
-    """Whether any transform is running, so that tensors may belong to one."""
+    """Return whether any transform is running, so that tensors may belong to one."""
     return functorch.maybe_current_level() is not None or forward_level() >= 0
 
 
@@ -78,7 +78,7 @@ def beside_transforms(tensors: Iterable[Tensor]) -> contextlib.AbstractContextMa
 
 
 def carries_derivative(t: Tensor) -> bool:
-    """Whether a derivative with respect to ``t`` may be asked for, in any mode."""
+    """Return whether a derivative with respect to ``t`` may be asked for, in any mode."""
     return t.requires_grad or is_transformed(t)
 
 
@@ -95,7 +95,7 @@ def through_modes(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 def watched() -> bool:
-    """Whether this runs inside the map of an equilibrium, whose modes must see every operation."""
+    """Return whether this runs inside the map of an equilibrium, whose modes must see every operation."""
     return bool(_watching())
 
 
@@ -153,7 +153,7 @@ class _Watcher(TorchFunctionMode):
             self.keep(t)
 
     def met(self, t: Tensor) -> Tensor:
-        """What to use in place of ``t``, which was computed outside the call."""
+        """Return the replacement of ``t``, which was computed outside the call."""
         raise AssertionError
 
     def __enter__(self) -> Any:
@@ -211,17 +211,17 @@ class _Watcher(TorchFunctionMode):
         return all(map(self._knows, (tensors,) if isinstance(tensors, Tensor) else tensors))
 
     def _knows(self, t: Tensor) -> bool:
-        """Whether ``t`` was passed to the call, or computed inside it."""
+        """Return whether ``t`` was passed to the call, or computed inside it."""
         key = id(t)
         return key in self._known or (key in self._made and self._made[key]() is t)
 
     def _substituted(self, t: Tensor) -> bool:
-        """Whether an enclosing equilibrium replaces ``t``. Then it is captured here as well, even without a derivative
-        of its own, since this call may be repeated without the enclosing one."""
+        """Return whether an enclosing equilibrium replaces ``t``. Then it is captured here as well, even without a
+        derivative of its own, since this call may be repeated without the enclosing one."""
         return bool(self._enclosing) and any(id(t) in watcher.table for watcher in self._enclosing)
 
     def _unseen(self, t: Tensor) -> Tensor:
-        """What to use in place of ``t``, which carries a derivative and was not seen before."""
+        """Return the replacement of ``t``, which carries a derivative and was not seen before."""
         level = functorch.maybe_get_level(t)
         if level > self._level:  # a transform inside the call has wrapped a tensor from outside
             inside = functorch.get_unwrapped(t)
@@ -478,7 +478,7 @@ def _current_level() -> int:
 
 
 def _made_since(t: Tensor, begin: int) -> bool:
-    """Whether autograd recorded ``t`` after its sequence number ``begin``, in this thread."""
+    """Return whether autograd recorded ``t`` after its sequence number ``begin``, in this thread."""
     now = sequence_number()
     with without_function_modes():  # looking at a tensor is not a use of it by the function
         while True:

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def compiler_loaded() -> bool:
-    """Whether the compiler has been imported, so that there may be compiled code in this process."""
+    """Return whether the compiler has been imported, so that there may be compiled code in this process."""
     return "torch._dynamo" in sys.modules
 
 

@@ -280,7 +280,7 @@ def _check_order(low: Any, high: Any) -> None:
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether the numbers of ``t`` can be read: it is under no transform, and not on the meta device."""
+    """Return whether the numbers of ``t`` can be read: it is under no transform, and not on the meta device."""
     return not is_transformed(t) and t.device.type != "meta"
 
 

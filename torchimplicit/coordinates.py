@@ -124,7 +124,7 @@ class Coordinates:
 
     @property
     def per_sample(self) -> bool:
-        """Whether any of the tensors differs from sample to sample."""
+        """True if any of the tensors differs from sample to sample."""
         tensors = [] if self.metric is None else [self.metric.root]
         return any(len(t) > 1 for t in (*tensors, *(self.reflection or ())))
 

@@ -1,4 +1,4 @@
-"""Whether the samples of a batch depend on each other, and what is remembered of it."""
+"""Detect whether the samples of a batch depend on each other, and remember the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchimplicit.members import known_by
 
 @dataclass
 class Memory:
-    """What is remembered of one function.
+    """The memory of one function.
 
     Attributes:
         found: whether its rows were found to depend on each other.
@@ -32,7 +32,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Coupling:
-    """Which rows of a batch may depend on each other.
+    """The rows of a batch that may depend on each other.
 
     A batch is solved row by row, since rows are seldom coupled. If a coupling is found, it is remembered for the
     function, and its rows are then solved as one system.
@@ -49,7 +49,7 @@ class Coupling:
 
     @property
     def found(self) -> bool:
-        """Whether rows are known to depend on each other. Functions are remembered by their code, so this may stem from
+        """True if rows are known to depend on each other. Functions are remembered by their code, so this may stem from
         another problem with the same code; hence the promise has precedence."""
         return self.memory.found and not self.promised
 

@@ -60,7 +60,7 @@ def thawing() -> contextlib.AbstractContextManager[Any]:
 
 
 def thaws() -> bool:
-    """Whether :func:`thawing` does anything here."""
+    """Return whether :func:`thawing` does anything here."""
     return _left.get() and torch.is_grad_enabled()
 
 

@@ -53,7 +53,7 @@ class Members:
 
     @property
     def normalize(self) -> bool:
-        """Whether there are normalizations with running statistics."""
+        """True if there are normalizations with running statistics."""
         return bool(self._statistics)
 
     def restored(self) -> contextlib.AbstractContextManager[None]:

@@ -84,7 +84,7 @@ TORCH_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 """The release of PyTorch, as ``(2, 13)``."""
 
 CASTS_OUTLIVE_NO_GRAD = TORCH_RELEASE < (2, 11)
-"""Whether autocast's cache reuses a weight that was cast under ``no_grad`` in recorded evaluations, where the weight
+"""True if autocast's cache reuses a weight that was cast under ``no_grad`` in recorded evaluations, where the weight
 then silently gets no gradient, as in PyTorch up to 2.10. The cache is off then."""
 
 

@@ -139,7 +139,7 @@ class Ragged:
         return every
 
     def _padding(self, z: Tensor) -> Tensor:
-        """Which entries are padding, bool ``[batch, widest]``."""
+        """Entries that are padding, bool ``[batch, widest]``."""
         places = torch.arange(self.widest, device=z.device)
         return places >= torch.tensor(self.sizes, device=z.device)[:, None]
 

@@ -88,7 +88,7 @@ def _kept() -> Iterator[Saved]:
 
 
 def hooked() -> bool:
-    """Whether saved tensors go through hooks now."""
+    """Return whether saved tensors go through hooks now."""
     return top_saved_tensor_hooks(False) is not None
 
 

@@ -114,7 +114,7 @@ class Layout:
 
     @property
     def parted(self) -> bool:
-        """Whether flattening and unflattening copy, since there are several leaves."""
+        """True if flattening and unflattening copy, since there are several leaves."""
         return len(self.shapes) > 1 and self.coordinates is None
 
     @property

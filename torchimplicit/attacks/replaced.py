@@ -75,7 +75,7 @@ class Replaced:
 
     @property
     def rowwise(self) -> bool:
-        """Whether every layer promises that samples do not depend on each other."""
+        """True if every layer promises that samples do not depend on each other."""
         return all(layer.rowwise for layer in self.layers)
 
     def run(self, images: Tensor, answer: Callable[[int, Stated], tuple[Any, Any]]) -> Tensor:

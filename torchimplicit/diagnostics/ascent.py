@@ -57,12 +57,12 @@ class AscentCondition:
 
     @property
     def holds(self) -> bool:
-        """Whether eq. 6 holds: then the estimate is an ascent direction for every loss (eq. 7)."""
+        """True if eq. 6 holds: then the estimate is an ascent direction for every loss (eq. 7)."""
         return self.left < self.right
 
     @property
     def series_holds(self) -> bool:
-        """Whether eq. 8 holds, which implies eq. 6."""
+        """True if eq. 8 holds, which implies eq. 6."""
         return self.series_left < self.series_right
 
     @property

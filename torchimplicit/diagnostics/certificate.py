@@ -1,4 +1,4 @@
-"""What is proved of an equilibrium: that there is one, and how far from it a state can be at most."""
+"""A proof that an equilibrium exists, with a bound on the distance of a state from it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Certificate:
 
 
 def certify(subject: Any, z: Any = None, *inputs: Any) -> Certificate:
-    """What the map guarantees by construction, at its present weights and for these inputs.
+    """Certify what the map guarantees by construction, at its present weights and for these inputs.
 
     The certificate holds for any state, however it was found: bounds are computed from the weights in double precision;
     nothing is estimated from iterates.

@@ -74,7 +74,7 @@ class GradientComparison:
 
     @property
     def ascent(self) -> bool:
-        """Whether the estimate has a positive inner product with the exact gradient (eq. 7 of the paper)."""
+        """True if the estimate has a positive inner product with the exact gradient (eq. 7 of the paper)."""
         return self.cosine > 0
 
 

@@ -38,7 +38,7 @@ def auxiliary(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[T
 
 
 def _counts(task: SolveTask, gradient: Gradient, z: Tensor, params: Sequence[Tensor]) -> bool:
-    """Whether the value of the last evaluation is the one to return."""
+    """Return whether the value of the last evaluation is the one to return."""
     noted = task.aux
     if noted is None or noted.z is None:
         return False

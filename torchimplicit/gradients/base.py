@@ -203,7 +203,7 @@ def owned(task: SolveTask, z: Tensor) -> Tensor:
 
 
 def differentiable(params: Sequence[Tensor]) -> bool:
-    """Whether a derivative with respect to any of ``params`` may be asked for."""
+    """Return whether a derivative with respect to any of ``params`` may be asked for."""
     if torch.is_grad_enabled():
         return any(map(carries_derivative, params))
     return any(map(is_transformed, params))

@@ -23,7 +23,7 @@ Evaluate = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 @dataclass
 class _Memory:
-    """What is remembered of a function.
+    """The memory of a function.
 
     Attributes:
         solves: the number of solves.
@@ -56,7 +56,7 @@ class Randomness:
 
     @property
     def known(self) -> bool:
-        """Whether the function has been compared before, in any solve."""
+        """True if the function has been compared before, in any solve."""
         return self._memory.known
 
     def begin(self, z: Tensor) -> None:

@@ -99,7 +99,7 @@ def stack_copies(t: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether ``t`` belongs to no transform that differentiates, at any level (``vmap`` does not)."""
+    """Return whether ``t`` belongs to no transform that differentiates, at any level (``vmap`` does not)."""
     while functorch.is_batchedtensor(t):
         t = functorch.get_unwrapped(t)
     return not is_transformed(t)

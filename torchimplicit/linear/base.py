@@ -44,7 +44,8 @@ class LinearSolver(ABC):
         """
 
     def init(self) -> LinearSolver:
-        """The same solver with a memory for what it derives from an operator (a factorization, a preconditioner).
+        """Return the same solver with a memory for what it derives from an operator (a factorization, a
+        preconditioner).
 
         For the two systems of one point, :math:`A` and :math:`A^T`, or for a sequence of nearby ones. A solver that
         derives nothing returns itself.
@@ -61,17 +62,17 @@ class LinearSolver(ABC):
 
     @property
     def confirms(self) -> bool:
-        """Whether the residuals in its report are confirmed by a product of the whole operator."""
+        """True if the residuals in its report are confirmed by a product of the whole operator."""
         return False
 
     @property
     def preconditioned(self) -> bool:
-        """Whether it has a preconditioner, which approximates the operator in the problem's own units."""
+        """True if it has a preconditioner, which approximates the operator in the problem's own units."""
         return False
 
     @property
     def truncated(self) -> bool:
-        """Whether it takes a prescribed number of steps, regardless of the residual."""
+        """True if it takes a prescribed number of steps, regardless of the residual."""
         return False
 
 

@@ -113,7 +113,7 @@ class Basis(NamedTuple):
         return v
 
     def select(self, rows: Tensor) -> Basis:
-        """Of the rows ``rows`` (ascending, int64 ``[k]``), moved within the same memory."""
+        """Return the basis of the rows ``rows`` (ascending, int64 ``[k]``), moved within the same memory."""
         for i in range(self.filled):
             vector = self.slot(i)
             vector[: len(rows)] = vector.index_select(0, rows)

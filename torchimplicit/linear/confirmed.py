@@ -217,7 +217,7 @@ def block_product(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
 
 
 def rows_depend(operator: LinearOperator) -> bool:
-    """Whether the product in any row depends on another row.
+    """Return whether the product in any row depends on another row.
 
     Any two row numbers differ in a binary digit. So for each digit, vectors that are nonzero only in the rows with a
     one are multiplied, and the images in the rows with a zero must vanish; and the other way round. That takes two

@@ -83,7 +83,8 @@ class Preconditioner(ABC):
         """
 
     def init(self) -> Preconditioner:
-        """The same preconditioner with a memory for a sequence of solves; itself where there is nothing to remember.
+        """Return the same preconditioner with a memory for a sequence of solves; itself where there is nothing to
+        remember.
 
         A preconditioner is frozen, and a solve does not depend on earlier ones. Anything that is carried from one solve
         to the next lives in an object that the user makes with this method and passes to the solvers that share it.
@@ -91,7 +92,7 @@ class Preconditioner(ABC):
         return self
 
     def outlived(self, steps: int) -> bool:
-        """Whether it should be made anew after a minimization has taken ``steps`` steps with it."""
+        """Return whether it should be made anew after a minimization has taken ``steps`` steps with it."""
         return False
 
     def refresh(self) -> None:

@@ -237,7 +237,7 @@ def _refuse_norms_without_place(left: Mapping[str, Any], homes: Mapping[str, Any
 
 
 def _stored_twice(name: str, value: Any, old: Mapping[str, Any], used: set[str]) -> bool:
-    """Whether a key without a place in the model is a second name of a key that has one (``deq.func.*``)."""
+    """Return whether a key without a place in the model is a second name of a key that has one (``deq.func.*``)."""
     parts = name.split(".")
     return any(_equal(value, old[end]) for i in range(1, len(parts)) if (end := ".".join(parts[i:])) in used)
 

@@ -56,8 +56,8 @@ class PerSolve:
 
     @contextmanager
     def settled(self) -> Iterator[PerSolve]:
-        """The same function with its weights set for the length of the context, so that a compiler, which cannot trace
-        the replacement of parametrizations in every call, need not see it."""
+        """Return the same function with its weights set for the length of the context, so that a compiler, which cannot
+        trace the replacement of parametrizations in every call, need not see it."""
         with fixed(self.weights, read=True), holding(self.vectors):
             yield PerSolve(self.module, dropouts=self.dropouts)
 

@@ -24,13 +24,13 @@ from torchimplicit.state import row_norm
 
 
 def refreshes(gradient: Gradient | None) -> bool:
-    """Whether the estimator can differentiate a refreshed state: it needs only products with the Jacobian."""
+    """Return whether the estimator can differentiate a refreshed state: it needs only products with the Jacobian."""
     gradient = gradient or Implicit()
     return isinstance(gradient, Implicit | LinearEstimate) and not gradient.needs_solver_state
 
 
 def refreshable(tensors: Sequence[Any]) -> bool:
-    """Whether no ``torch.func`` transform runs."""
+    """Return whether no ``torch.func`` transform runs."""
     return not transforms_running() and not any(is_transformed(t) for t in tensors if isinstance(t, Tensor))
 
 

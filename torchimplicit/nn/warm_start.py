@@ -112,7 +112,7 @@ class WarmStart(nn.Module):
         self._seen[self.training][rows] = True
 
     def _unknown(self, index: Tensor | None) -> bool:
-        """Whether this memory is per sample and the batch's samples are not known."""
+        """Return whether this memory is per sample and the batch's samples are not known."""
         return self.samples is not None and index is None
 
     def reset(self) -> None:
@@ -129,8 +129,8 @@ class WarmStart(nn.Module):
 
 
 def _alike(a: Any, b: Any, rows: bool = True) -> bool:
-    """Whether two trees have the same structure, shapes, dtypes and devices; ``rows=False`` ignores the size of dim
-    0."""
+    """Return whether two trees have the same structure, shapes, dtypes and devices; ``rows=False`` ignores the size of
+    dim 0."""
     (xs, x_spec), (ys, y_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
     skipped = 0 if rows else 1
     return x_spec == y_spec and all(

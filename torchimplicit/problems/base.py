@@ -22,13 +22,13 @@ class Problem(ABC):
     rowwise: bool
     has_aux: bool = False
     by_gradient: ClassVar[bool] = False
-    """Whether an evaluation needs the gradient of the function and not just its value."""
+    """True if an evaluation needs the gradient of the function and not just its value."""
     announces_start: ClassVar[bool] = False
-    """Whether a start outside the constraint is worth a warning (:meth:`explain_start`)."""
+    """True if a start outside the constraint is worth a warning (:meth:`explain_start`)."""
 
     def explain(self, status: Status) -> str:
-        """What about this problem may have caused a sample's ``status``, and what to do about it: sentences without the
-        final full stop, to be added to the solver's message; empty where there is nothing to add."""
+        """Say what about this problem may have caused a sample's ``status`` and what to do: sentences without the final
+        full stop, to be added to the solver's message; empty where there is nothing to add."""
         return ""
 
     def explain_start(self, moved: int, rows: int) -> str:
@@ -44,11 +44,11 @@ class Problem(ABC):
         return Layout.of(z0, self.batched)
 
     def own_coordinates(self) -> Self:
-        """The same problem, solved in the state's own coordinates instead of those of a metric."""
+        """Return the same problem, solved in the state's own coordinates instead of those of a metric."""
         return self
 
     def flattened(self, layout: Layout, flat: Tensor) -> Self:
-        """The same problem with its constraint, if any, in flat coordinates; ``flat`` is the start."""
+        """Return the same problem with its constraint, if any, in flat coordinates; ``flat`` is the start."""
         return self
 
     @property

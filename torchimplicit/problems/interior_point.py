@@ -40,7 +40,7 @@ class Program(NamedTuple):
         return Program(*(t[rows] for t in self))
 
     def from_there(self, x: Tensor, equalities: int) -> Program:
-        """The same program with the origin moved to ``x`` (``[rows, dim]``)."""
+        """Return the same program with the origin moved to ``x`` (``[rows, dim]``)."""
         slope, room = self.slope + times(self.hessian, x), self.room - times(self.matrix, x)
         return Program.of(self.hessian, slope, self.size[:, 0], self.matrix, room, equalities)
 

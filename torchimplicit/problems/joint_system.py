@@ -135,7 +135,7 @@ class JointSystem(ImageSystem):
         return None  # a cost and a step size belong to each sample
 
     def moving(self, needs_grad: Sequence[bool]) -> bool:
-        """Whether a tensor of the constraint's set needs a gradient."""
+        """Return whether a tensor of the constraint's set needs a gradient."""
         return any(needs_grad[self.which][1:])
 
     def weights(self, point: Point, before: Tensor, residual: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class JointSystem(ImageSystem):
         return torch.where(((weights > 0) & (weights < torch.inf)).all(dim=1, keepdim=True), weights, 1)
 
     def in_part_units(self, of_z: float | Tensor, of_mu: float | Tensor, of_x: float | Tensor) -> JointSystem:
-        """The same problem with the parts of the state divided by these numbers, and the loss by ``of_mu * of_z``."""
+        """Return the same problem with the state's parts divided by these numbers, and the loss by ``of_mu * of_z``."""
         fn, own, set_, schedule = self.fn, self.own, self.set, self.schedule
         pace: Any = 1 / of_x if self.normalized else of_mu / of_x * (of_z / of_x)
 

@@ -361,7 +361,7 @@ def _seen_columns(out: Tensor, z: Tensor) -> Tensor | None:
 
 
 def _reaches(root: Any, leaf: Tensor, dead: set[Any]) -> bool:
-    """Whether ``root`` depends on ``leaf`` in autograd's graph; ``dead`` collects nodes that do not."""
+    """Return whether ``root`` depends on ``leaf`` in autograd's graph; ``dead`` collects nodes that do not."""
     stack, seen = [root], set()
     while stack:
         node = stack.pop()
@@ -390,7 +390,8 @@ def _cut(params: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor, 
 
 
 def _is_compiled(out: Tensor) -> bool:
-    """Whether ``out`` comes from code under torch.compile, whose backward has no derivative and may run only once."""
+    """Return whether ``out`` comes from code under torch.compile, whose backward has no derivative and may run only
+    once."""
     stack: list[Any] = [out.grad_fn]
     seen = set()
     while stack:

@@ -84,7 +84,7 @@ class Minimum(Problem):
 
     @property
     def on_set(self) -> bool:
-        """Whether the constraint is more than a single :class:`LinearEquality`; it is then kept by projections onto a
+        """True if the constraint is more than a single :class:`LinearEquality`; it is then kept by projections onto a
         set (:class:`ProjectedSystem`)."""
         return len(self._parts) > 1 or (len(self._parts) == 1 and not isinstance(self._parts[0], LinearEquality))
 

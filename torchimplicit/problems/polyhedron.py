@@ -188,7 +188,7 @@ def _chosen(matrix: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def independent(matrix: Tensor) -> bool:
-    """Whether the unit rows ``[rows, m, dim]`` of every sample are linearly independent."""
+    """Return whether the unit rows ``[rows, m, dim]`` of every sample are linearly independent."""
     # a Cholesky factor of the Gram matrix with large pivots proves it cheaply; else the rank decides
     _, surely = _factored(matrix @ matrix.mT, matrix.new_full((len(matrix),), torch.finfo(matrix.dtype).eps ** 0.75))
     return bool(surely.all()) or bool((torch.linalg.matrix_rank(matrix) == matrix.shape[1]).all())
@@ -264,7 +264,7 @@ class _Dual(NamedTuple):
 
     @property
     def outside(self) -> Tensor:
-        """By how much z violates each constraint, zero up to rounding, ``[rows, m]``."""
+        """Violation of each constraint by z, zero up to rounding, ``[rows, m]``."""
         rounding = 64 * torch.finfo(self.gap.dtype).eps * (self.size + self.bound)
         gap = torch.where(self.fixed, self.gap.abs(), self.gap)
         return torch.where(gap > rounding, gap, 0)

@@ -375,7 +375,8 @@ class ProjectedSystem(System):
             return norm if self.extent is None else torch.fmax(norm, self.extent(z, *params))
 
     def _unknown(self, params: Sequence[Tensor]) -> bool:
-        """Whether the step sizes are to be measured; under a transform they cannot be read, and count as known."""
+        """Return whether the step sizes are to be measured; under a transform they cannot be read, and count as
+        known."""
         held = params[self.step]
         return not is_transformed(held) and bool(held.isnan().any())
 

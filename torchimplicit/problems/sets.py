@@ -59,7 +59,7 @@ class FlatSet(ABC):
 
     @property
     def lengths(self) -> tuple[bool, ...] | None:
-        """Which of the tensors have the state's unit; ``None`` where that is not known."""
+        """For each tensor, whether it has the state's unit; ``None`` where that is not known."""
         return None
 
     @abstractmethod
@@ -547,5 +547,5 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the numbers can be read: no tensor is under a transform or on the meta device."""
+    """Return whether the numbers can be read: no tensor is under a transform or on the meta device."""
     return not any(is_transformed(t) or t.device.type == "meta" for t in tensors)

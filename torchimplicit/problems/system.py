@@ -340,8 +340,8 @@ class System(ABC):
         return largest(point.z), size if first is None else max(size, largest(first))
 
     def in_units(self, state: float, size: float) -> Self | None:
-        """The same problem in other units: the state is divided by ``state``, the terms of its residual by ``size``.
-        ``None`` where the problem cannot be put so."""
+        """Return the same problem in other units: the state is divided by ``state``, the terms of its residual by
+        ``size``. ``None`` where the problem cannot be put so."""
         return None
 
     def anew(self, params: Sequence[Tensor]) -> None:
@@ -352,7 +352,7 @@ class System(ABC):
         return size
 
     def joined(self, rows: int, z: Tensor, params: Sequence[Tensor]) -> Self | None:
-        """The same problem with every ``rows`` neighbouring samples as one system, each still judged by itself;
+        """Return the same problem with every ``rows`` neighbouring samples as one system, each still judged by itself;
         ``None`` where the problem cannot be put so.
 
         Args:

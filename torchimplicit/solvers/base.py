@@ -84,7 +84,7 @@ class Evaluator:
 
 
 class Progress(NamedTuple):
-    """What the loop knows about the samples when a step begins.
+    """The loop's knowledge of the samples when a step begins.
 
     Attributes:
         active: bool ``[batch]``, the samples that still take part; ``None`` for all. A step may return any value for
@@ -133,7 +133,7 @@ class Progress(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What a solver's step returns to the loop.
+    """The result of a solver's step.
 
     Attributes:
         to: the next state ``[batch, dim]``; or the evaluated :class:`Point` there, where the step has it already.
@@ -190,23 +190,23 @@ class Solver(ABC):
     """
 
     by_products: ClassVar[bool] = False
-    """Whether a step takes products with the Jacobian."""
+    """True if a step takes products with the Jacobian."""
     searches: ClassVar[bool] = False
-    """Whether a step evaluates several points and selects among them per sample. Samples that depend on each other
+    """True if a step evaluates several points and selects among them per sample. Samples that depend on each other
     must then be solved as one system, since such a selection is none of the points that were evaluated."""
 
     bounded: ClassVar[bool] = False
-    """Whether the iterates stay in a bounded set: then a residual of any size on the way is no sign of divergence."""
+    """True if the iterates stay in a bounded set: then a residual of any size on the way is no sign of divergence."""
 
     mixes_parts: ClassVar[bool] = False
-    """Whether the steps on a joint state depend on the units of its parts, which are then chosen before the first."""
+    """True if the steps on a joint state depend on the units of its parts, which are then chosen before the first."""
 
     remembers: ClassVar[bool] = False
-    """Whether a step combines each sample's past steps as if the sample were alone (Anderson, Broyden). Where samples
+    """True if a step combines each sample's past steps as if the sample were alone (Anderson, Broyden). Where samples
     depend on each other, that may fail to converge."""
 
     not_unrolled: ClassVar[str | None] = None
-    """What to do where autograd cannot follow the steps, because they branch on the data or solve systems of their own;
+    """Advice for users if autograd cannot follow the steps, because they branch on the data or solve linear systems;
     ``None`` if it can."""
 
     rtol: Tolerance | None = None
@@ -236,7 +236,7 @@ class Solver(ABC):
         self.check()
 
     def given(self, steps: int) -> Self:
-        """The same method with a prescribed number of ``steps``; tolerances and ``max_steps`` are reset."""
+        """Return the same method with a prescribed number of ``steps``; tolerances and ``max_steps`` are reset."""
         defaults: dict[str, Any] = {name: self.__dataclass_fields__[name].default for name in _TESTS}
         return replace(self, steps=steps, **defaults)
 
@@ -248,12 +248,12 @@ class Solver(ABC):
             )
 
     def keeps(self, step: int) -> bool:
-        """Whether the iterate after ``step`` steps is kept in the trajectory."""
+        """Return whether the iterate after ``step`` steps is kept in the trajectory."""
         kept = self.keep_trajectory
         return kept if isinstance(kept, bool) else step in kept
 
     def going_on(self, trajectory: Sequence[Any]) -> Self:
-        """The same method for a solve that continues where ``trajectory`` ended."""
+        """Return the same method for a solve that continues where ``trajectory`` ended."""
         if isinstance(self.keep_trajectory, bool):
             return self
         taken = len(trajectory) - 1  # the step numbers to keep count from the first start
@@ -264,7 +264,7 @@ class Solver(ABC):
 
     @property
     def straight(self) -> bool:
-        """Whether the next iterate is the map's value as it is (plain iteration)."""
+        """True if the next iterate is the map's value as it is (plain iteration)."""
         return False
 
     @property
@@ -280,7 +280,7 @@ class Solver(ABC):
         """
 
     def suits(self, system: System) -> bool:
-        """Whether :meth:`supports` accepts ``system``."""
+        """Return whether :meth:`supports` accepts ``system``."""
         try:
             self.supports(system)
         except ValueError:
@@ -305,17 +305,17 @@ class Solver(ABC):
         """
 
     def wants_product(self) -> bool:
-        """Whether the first point of a root or a minimum should carry the product of the Jacobian with its residual
-        (:attr:`~torchimplicit.problems.Point.product`). The relative tolerance needs it to judge the start, and some
-        solvers choose the length of their first step by it."""
+        """Return whether the first point of a root or a minimum should carry the product of the Jacobian with its
+        residual (:attr:`~torchimplicit.problems.Point.product`). The relative tolerance needs it to judge the start,
+        and some solvers choose the length of their first step by it."""
         return not self.by_products and self.wants_relative()
 
     def wants_relative(self) -> bool:
-        """Whether any leaf has a relative tolerance."""
+        """Return whether any leaf has a relative tolerance."""
         return self.steps is None and (self.rtol is None or any(pytree.tree_leaves(self.rtol)))
 
     def confirms(self, system: System, z: Tensor) -> bool:
-        """Whether a sample that meets the stopping rule counts as solved only once a step agrees
+        """Return whether a sample that meets the stopping rule counts as solved only once a step agrees
         (:attr:`Move.solved`), as where the step knows the curvature and the residual alone cannot tell a minimum from a
         saddle."""
         return False

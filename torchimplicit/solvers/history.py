@@ -77,5 +77,5 @@ class History(NamedTuple):
         return History(self.ring, max(self.filled, slot + 1))
 
     def _out_of_place(self, vector: Tensor) -> bool:
-        """Whether the new entry cannot be computed in the ring itself."""
+        """Return whether the new entry cannot be computed in the ring itself."""
         return torch.is_grad_enabled() or vector.dtype != self.ring.dtype

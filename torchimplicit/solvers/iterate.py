@@ -110,7 +110,7 @@ def iterate(
 
 
 def as_one(solver: Solver, coupling: Coupling | None) -> bool:
-    """Whether samples are known to depend on each other such that this solver has to solve them as one system."""
+    """Return whether samples are known to depend on each other, so that this solver has to solve them as one."""
     if coupling is None or not coupling.found:
         return False
     return solver.searches or (solver.remembers and coupling.memory.together)
@@ -153,7 +153,7 @@ def reviewed(
 
 
 class _Tests(NamedTuple):
-    """What is known of each sample at a point, ``[batch]``.
+    """The verdict on each sample at a point, ``[batch]``.
 
     Attributes:
         norm: the residual norms, ``[batch]`` or ``[batch, leaves]``.

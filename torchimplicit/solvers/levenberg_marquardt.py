@@ -174,7 +174,8 @@ class _Model(ABC):
 
 
 class _Assembled(_Model):
-    """By a singular value decomposition: one for all trials of a step, since another damping changes only factors."""
+    """A model solved by a singular value decomposition: one for all trials of a step, since another damping changes
+    only factors."""
 
     def __init__(self, tape: Linearization, r: Tensor, scale: Tensor):
         wide = working_dtype(r.dtype)
@@ -193,7 +194,7 @@ class _Assembled(_Model):
 
 
 class _ByProducts(_Model):
-    """By a linear solver on the normal equations in scaled unknowns."""
+    """A model solved by a linear solver on the normal equations in scaled unknowns."""
 
     def __init__(self, solver: LinearSolver, tape: Linearization, slope: Tensor, scale: Tensor):
         self.solver, self.tape, self.slope = solver, tape, slope

@@ -101,7 +101,7 @@ def _step_length(system: System, z: Tensor, params: Sequence[Tensor]) -> float:
 def examined(
     solve: Solve, outcome: SolverResult, judge: Judge, solver: Solver, system: System, params: Sequence[Tensor]
 ) -> SolverResult:
-    """What becomes of an outcome whose sizes are :func:`extreme`; what is looked at is not counted.
+    """Judge again an outcome whose sizes are :func:`extreme`, without counting these evaluations.
 
     Where the state began at zero, and turns out to be small as a whole, it goes on in units of what it has become.
     Elsewhere a sample that is only said to be solved since the square of its residual underflows, as on the way down

@@ -51,7 +51,7 @@ def meets(r: Tensor, image: Tensor) -> Tensor:
 
 
 def assembles(z: Tensor) -> bool:
-    """Whether the Jacobians of the states ``z`` (``[batch, dim]``) are small enough to be assembled."""
+    """Return whether the Jacobians of the states ``z`` (``[batch, dim]``) are small enough to be assembled."""
     batch, dim = z.shape
     return dim <= ASSEMBLED and batch * dim * dim <= ENTRIES
 

@@ -257,7 +257,7 @@ def _better(before: SolverResult, later: SolverResult, samples: Tensor, descends
 
 
 def _gives_products(system: System, z: Tensor, params: Sequence[Tensor]) -> bool:
-    """Whether the problem's function has the derivatives that products with the Jacobian are made of."""
+    """Return whether the problem's function has the derivatives that products with the Jacobian are made of."""
     try:
         operator = system.operator(system.linearize(z, params), False)
         operator.product(torch.zeros_like(z))

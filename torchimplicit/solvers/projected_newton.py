@@ -25,7 +25,7 @@ unbounded below; elsewhere beyond the square of it."""
 
 
 class ProjectedNewtonState(NamedTuple):
-    """What a step passes to the next one; all ``[batch]``.
+    """State that a step passes to the next one; all ``[batch]``.
 
     Attributes:
         step: the size of the last good projected gradient step; NaN before there was one.

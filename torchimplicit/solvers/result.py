@@ -58,7 +58,7 @@ class SolverResult:
         )
 
     def having_spent(self, evaluations: float) -> SolverResult:
-        """The same result with ``evaluations`` (of the whole batch) added to its count."""
+        """Return the same result with ``evaluations`` (of the whole batch) added to its count."""
         return replace(self, report=replace(self.report, evaluations=self.report.evaluations + evaluations))
 
 

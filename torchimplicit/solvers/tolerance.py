@@ -267,8 +267,9 @@ class Judge:
         return tolerance + self._beside_terms(point)
 
     def _beside_terms(self, point: Point) -> float | Tensor:
-        """What is added to the relative tolerance: the absolute one, and the rounding of terms that cancel. An infinite
-        gradient has none: with it any residual that a set leaves finite, as a box does, would count as solved."""
+        """Return what is added to the relative tolerance: the absolute one, and the rounding of terms that cancel. An
+        infinite gradient has none: with it any residual that a set leaves finite, as a box does, would count as
+        solved."""
         if point.noise is None:
             return self.atol
         return ROUNDING * self.eps * torch.where(point.noise < torch.inf, point.noise, 0) + self.atol

@@ -1,8 +1,8 @@
-"""What every gradient estimator has to do, as a suite of tests that a new one inherits.
+"""The contract of gradient estimators, as a suite of tests that a new one inherits.
 
 Write a ``TestMyGradient(GradientSuite)`` in your tests, say in ``make`` how the estimator is made, describe it by the
 class attributes, and run pytest: the inherited tests hold it to the contract of
-:class:`~torchimplicit.gradients.Gradient`. What a declaration calls unsupported must raise
+:class:`~torchimplicit.gradients.Gradient`. Whatever is declared unsupported must raise
 :class:`~torchimplicit.errors.UnsupportedDerivativeError`: nothing is silently wrong.
 """
 
@@ -152,14 +152,14 @@ class GradientSuite(ABC):
         return (value.sin() * torch.arange(1, DIM + 1, device=value.device)).sum()
 
     def gradients(self, case: SuiteCase, captured: bool = False) -> list[Tensor]:
-        """Of a loss, in ``x`` and ``w``."""
+        """Gradients of a loss in ``x`` and ``w``."""
         x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
         value = self.solved(case, x, w, captured=captured).value
         return list(torch.autograd.grad(value.sin().sum(), (x, w)))
 
     @property
     def exact(self) -> Implicit:
-        """What the estimate is compared with."""
+        """The gradient with which the estimate is compared."""
         return Implicit(linear_solver=GMRES(rtol=1e-14))
 
     # -- first order ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every linear solver has to do, as a suite of tests that a new one inherits.
+"""The contract of linear solvers, as a suite of tests that a new one inherits.
 
 Write a ``TestMySolver(LinearSolverSuite)`` in your tests, say in ``make`` how the solver is made, describe it by the
 class attributes, and run pytest: the inherited tests hold it to the contract of
@@ -121,7 +121,7 @@ class LinearSolverSuite(ABC):
 
     @property
     def symmetric(self) -> bool:
-        """Whether the systems are symmetric."""
+        """True if the systems are symmetric."""
         return self.kind in ("symmetric", "definite")
 
     def operator(self, matrix: Tensor, tally: list[int] | None = None, **fields: Any) -> LinearOperator:
@@ -371,7 +371,7 @@ class LinearSolverSuite(ABC):
         assert (solution.report.steps - often.report.steps).max() < 2 * check_every
 
     def test_host_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """At most one look at the device a step, and a few at the ends."""
+        """The host reads from the device at most once per step, and a few times at start and end."""
         if not self.iterative:
             pytest.skip("a direct method takes no steps")
         reads = [0]

@@ -1,4 +1,4 @@
-"""What every solver has to do, as a suite of tests that a new one inherits.
+"""The contract of solvers, as a suite of tests that a new one inherits.
 
 Write a ``TestMySolver(SolverSuite)`` in your tests, say in ``make`` how the solver is made, describe it by the class
 attributes, and run pytest: the inherited tests hold it, in the loop that all solvers share, to what

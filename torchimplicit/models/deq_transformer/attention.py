@@ -39,7 +39,8 @@ class RelativeAttention(nn.Module):
         self.drop = VariationalDropout(dropout)
 
     def injected(self, linear: nn.Linear, embedded: Tensor) -> Tensor:
-        """What the input adds to queries, keys and values, ``u`` with it: ``[batch, length, heads * 3 * d_head]``."""
+        """Return what the input adds to queries, keys and values, ``u`` with it: ``[batch, length, heads * 3 *
+        d_head]``."""
         u = functional.pad(self.content_bias, (0, 2 * self.d_head)).flatten()
         return functional.linear(embedded, linear.weight, linear.bias + u)
 

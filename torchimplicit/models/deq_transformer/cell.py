@@ -14,7 +14,7 @@ from torchimplicit.nn import VariationalDropout, weight_norm
 
 
 class Memory(NamedTuple):
-    """What a segment passes on to the next one; no gradient flows through it.
+    """State that a segment passes on to the next one; no gradient flows through it.
 
     Attributes:
         states: the last equilibria, ``[batch, past, d_model]``.

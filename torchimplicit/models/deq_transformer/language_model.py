@@ -1,4 +1,5 @@
-"""What the DEQ transformer and its explicit twin share: embedding, softmax, and a memory from segment to segment."""
+"""The parts that the DEQ transformer and the explicit transformer share: embedding, softmax, and the memory of past
+segments."""
 
 from __future__ import annotations
 

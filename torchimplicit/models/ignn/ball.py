@@ -35,7 +35,7 @@ def project_rows(weight: Tensor, radius: float) -> Tensor:
 class InfinityNormBall(nn.Module):
     """The parametrization that projects a matrix on :math:`\\lVert W\\rVert_\\infty\\le r` (the L1 norms of its rows).
 
-    What is trained is the matrix before the projection, which no forward pass changes.
+    The trained parameter is the matrix before the projection, which no forward pass changes.
 
     Args:
         radius: r.

@@ -25,8 +25,8 @@ class IGNNConfig:
         pool: ``"add"``, the sum over a graph's nodes; or ``"none"``, scores per node.
         head: two linear maps with a ReLU between (``"mlp"``), one without bias (``"linear"``), or ``"none"``: the last
             layer gives the scores.
-        normalize: whether each node's features are brought to length one before the head. What arrives at the end of
-            a long chain is tiny; this lets the loss see it.
+        normalize: whether each node's features are brought to length one before the head. The
+            features at the end of a long chain are tiny; this makes them visible to the loss.
         dropout: before the last linear map of the head.
     """
 

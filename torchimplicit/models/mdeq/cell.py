@@ -133,7 +133,7 @@ class MDEQCell(nn.Module):
         return [after(functional.relu(self._gathered(refined, level))) for level, after in enumerate(self.after)]
 
     def _gathered(self, refined: Sequence[Tensor], level: int) -> Tensor:
-        """What all branches bring to the branch ``level``."""
+        """Return the sum of what all branches contribute to the branch ``level``."""
         total = refined[level]
         for source, state in enumerate(refined):
             if source == level:

@@ -37,7 +37,7 @@ class DensityBasis:
     exponent: Tensor
 
     def to(self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
-        """The same in another precision (integers stay) or on another device."""
+        """Return the same in another precision (integers stay) or on another device."""
         real = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("centres", "exponent")}
         return replace(self, atom=self.atom.to(device), angular=self.angular.to(device), **real)
 
@@ -51,7 +51,7 @@ class DensityBasis:
         return of_shells.repeat_interleave(self.sizes)
 
     def numbers(self) -> Tensor:
-        """Of every shell among those of the same l at the same atom, the tightest being 0, ``[shells]``."""
+        """Number of every shell among those of the same l at the same atom, the tightest being 0, ``[shells]``."""
         alike = (self.atom[:, None] == self.atom) & (self.angular[:, None] == self.angular)
         return (alike & (self.exponent > self.exponent[:, None])).sum(dim=1)
 
@@ -128,7 +128,7 @@ class DensityBasis:
         return torch.cat(pieces) if out is None else out
 
     def reaching(self, distances: Tensor, least: float) -> Tensor:
-        """Which shells are more than ``least`` somewhere, by value or by derivative.
+        """Find the shells whose values or derivatives exceed ``least`` somewhere.
 
         Args:
             distances: distance of each atom from the nearest point, ``[..., atoms]``.

@@ -14,8 +14,8 @@ from torchimplicit.models.orbital_free.molecule import Molecule
 CENTRES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 WIDTHS = (0.3, 0.3, 0.3, 0.3, 0.4, 0.8, 1.0)
 WEIGHTS = (2.0, 1.5, 1.0, 1.0, 0.7, 0.3, 0.2)
-"""Of the Gaussians in the distance of a neighbour, in bohr. A bond that is too short counts most, because that is where
-energies fail first; second neighbours count least."""
+"""Parameters of the Gaussians in the distance of a neighbour, in bohr. A bond that is too short counts most, because
+that is where energies fail first; second neighbours count least."""
 
 SHARE = 0.9
 """The share of training molecules that are no farther from the others than the limit."""

@@ -242,7 +242,7 @@ class OrbitalFree(nn.Module):
 
 
 def _network(hidden: int, layers: int) -> nn.Module:
-    """Of two features to a number, which is zero at first."""
+    """A network from two features to a number, which is zero at first."""
     widths = [2, *[hidden] * layers]
     inner = [nn.Linear(before, after, dtype=torch.float64) for before, after in pairwise(widths)]
     last = nn.Linear(hidden, 1, dtype=torch.float64)
@@ -252,7 +252,7 @@ def _network(hidden: int, layers: int) -> nn.Module:
 
 
 def features(rho: Tensor, sigma: Tensor) -> Tensor:
-    """What the enhancement factor sees, ``[points, 2]``, of order one.
+    """Return the features of the enhancement factor, ``[points, 2]``, of order one.
 
     Args:
         rho: positive.

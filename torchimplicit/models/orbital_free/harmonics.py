@@ -70,8 +70,8 @@ def _coefficients(l: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _harmonics(l: int) -> dict[int, Polynomial]:
-    """Of Racah's norm, by m; by recursion in l (Helgaker, Jørgensen, Olsen, Molecular Electronic-Structure Theory
-    (2000), eqs. 6.4.70-6.4.72)."""
+    """Harmonics of Racah's norm, by m, from a recursion in l (Helgaker, Jørgensen, Olsen, Molecular
+    Electronic-Structure Theory (2000), eqs. 6.4.70-6.4.72)."""
     x, y, z, square = (
         {(1, 0, 0): 1.0},
         {(0, 1, 0): 1.0},
@@ -97,7 +97,7 @@ def _harmonics(l: int) -> dict[int, Polynomial]:
 
 
 def _sum(*terms: tuple[float, Polynomial, Polynomial]) -> Polynomial:
-    """Of products of two polynomials, each times a number."""
+    """Sum of products of two polynomials, each times a number."""
     total: Polynomial = defaultdict(float)
     for c, one, other in terms:
         for (p, a), (q, b) in product(one.items(), other.items()):

@@ -15,8 +15,8 @@ PW92 = (0.0310907, 0.21370, 7.5957, 3.5876, 1.6382, 0.49294)
 
 PBE_KAPPA, PBE_BETA = 0.804, 0.06672455060314922
 PBE_MU, PBE_GAMMA = PBE_BETA * math.pi**2 / 3, (1 - math.log(2)) / math.pi**2
-"""Of Perdew, Burke and Ernzerhof (1996): the bound on exchange, and the gradient coefficients of correlation and of
-exchange, which cancel in the uniform limit."""
+"""Constants of Perdew, Burke and Ernzerhof (1996): the bound on exchange, and the gradient coefficients of correlation
+and of exchange, which cancel in the uniform limit."""
 
 
 def positive_part(rho: Tensor, width: float) -> Tensor:
@@ -69,7 +69,7 @@ def pbe(rho: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _correlation(rho: Tensor) -> Tensor:
-    """Of a uniform gas, an electron's."""
+    """Correlation energy per electron of a uniform gas."""
     a, alpha, b1, b2, b3, b4 = PW92
     rs = (3 / (4 * math.pi * rho)) ** (1 / 3)
     root = rs.sqrt()

@@ -1,4 +1,4 @@
-"""What a density functional needs to know of one molecule."""
+"""The data of one molecule that a density functional needs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Molecule:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "basis")}
 
     def to(self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
-        """The same in another precision (integers stay) or on another device."""
+        """Return the same in another precision (integers stay) or on another device."""
         moved: dict[str, Any] = {
             key: value.to(device=device, dtype=None if key in EXACT else dtype) for key, value in self.tensors().items()
         }

@@ -183,8 +183,8 @@ class Rows:
         )
 
     def __call__(self, p: Tensor) -> Tensor:
-        """Of coefficients ``[n]`` or ``[k, n]``: ``[atoms, length]`` or ``[k, atoms, length]``; zeros where an atom has
-        fewer functions."""
+        """Arrange coefficients ``[n]`` or ``[k, n]`` by atom: ``[atoms, length]`` or ``[k, atoms, length]``, with zeros
+        where an atom has fewer functions."""
         x = p @ self.root
         rows = x.new_zeros(*x.shape[:-1], self.atoms * self.length).index_copy(-1, self.place, x)
         return rows.reshape(*x.shape[:-1], self.atoms, self.length)

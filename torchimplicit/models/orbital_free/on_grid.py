@@ -15,7 +15,7 @@ from torch import Tensor
 from torchimplicit.models.orbital_free.basis import DensityBasis, Shells
 
 POINTS = 1024
-"""Of a block: their values stay in the processor's cache."""
+"""Number of points in a block, whose values stay in the processor's cache."""
 
 NOUGHT = 1e-10
 """A function that is less at all points of a block, with its derivatives, is left out there: a hundredth of a
@@ -31,8 +31,9 @@ class Memory:
 
     Attributes:
         limit: in bytes.
-        single: keep values in single precision, in half the room; all that is computed with them stays double. What is
-            evaluated anew is rounded to single precision too, so that there is one map, with exact derivatives.
+        single: keep values in single precision, in half the room; all that is computed with them stays double. Values
+            that are evaluated again are rounded to single precision too, so that there is one map, with exact
+            derivatives.
     """
 
     def __init__(self, limit: float, single: bool = False):
@@ -61,7 +62,7 @@ class Memory:
         self._grids[ref] = None
 
     def take(self, grid: OnGrid, size: int) -> bool:
-        """Whether there is room for a grid that is being used, or room has been made."""
+        """Return whether there is room for a grid that is being used, or room has been made."""
         if grid.held + size > self.limit:
             return False
         for ref in list(self._grids):
@@ -77,7 +78,7 @@ class Memory:
 
 
 SHARED = Memory(2**30)
-"""Of all molecules of a process that are not told otherwise."""
+"""Default memory, shared by all molecules of a process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,7 @@ class OnGrid:
 
     @classmethod
     def of(cls, values: Tensor, gradients: Tensor) -> Self:
-        """Of arrays that are held whole.
+        """Make it from arrays that are held whole.
 
         Args:
             values: the functions, ``[points, n]``.
@@ -186,7 +187,7 @@ class OnGrid:
         return whole[:, 0].T, whole[:, 1:].permute(1, 2, 0)
 
     def to(self, *, dtype: torch.dtype | None = None, device: Any = None) -> OnGrid:
-        """The same in another precision or on another device."""
+        """Return the same in another precision or on another device."""
         if self._source is None:
             return OnGrid.of(*(t.to(device=device, dtype=dtype) for t in self.dense()))
         basis, points = self._source

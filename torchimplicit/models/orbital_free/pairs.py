@@ -11,7 +11,7 @@ from torchimplicit.models.orbital_free.molecule import Molecule
 LARGEST_L = 2
 SHELLS_OF_PAIRS = 12
 WIDTHS = (1.5, 3.0)
-"""Of the Gaussians in the distance, in bohr."""
+"""Widths of the Gaussians in the distance, in bohr."""
 
 
 def entries(molecule: Molecule, elements: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ def entries(molecule: Molecule, elements: tuple[int, ...]) -> tuple[Tensor, Tens
 
 
 def shape(elements: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the coefficients."""
+    """Shape of the coefficients."""
     return len(elements), len(elements), LARGEST_L + 1, SHELLS_OF_PAIRS, len(WIDTHS)
 
 

@@ -13,7 +13,7 @@ from torchimplicit.models.orbital_free.molecule import Molecule
 from torchimplicit.models.orbital_free.pairs import entries
 
 COLUMNS_AT_ONCE = 64
-"""Of a network's Hessian."""
+"""Columns of a network's Hessian that are computed together."""
 
 
 def hessian(functional: OrbitalFree, p: Tensor, molecule: Molecule) -> Tensor:
@@ -83,7 +83,7 @@ def linear_columns(functional: OrbitalFree, molecule: Molecule) -> Tensor:
 
 
 def _of_factor(functional: OrbitalFree, p: Tensor, molecule: Molecule, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By weights of the enhancement factor, on which :math:`\\tau_{TF}F_\\theta` alone depends."""
+    """Derivatives in the weights of the enhancement factor, on which :math:`\\tau_{TF}F_\\theta` alone depends."""
     factor = functional.factor
     assert factor is not None
     with torch.no_grad():
@@ -91,7 +91,7 @@ def _of_factor(functional: OrbitalFree, p: Tensor, molecule: Molecule, weights: 
     own = {name.removeprefix("factor."): w for name, w in weights.items()}
 
     def slope(own: dict[str, Tensor], field: Tensor) -> Tensor:
-        """Of the energy density at one point, ``[4]``."""
+        """Slope of the energy density at one point, ``[4]``."""
 
         def energy(field: Tensor) -> Tensor:
             plus = positive_part(field[:1], functional.config.width)

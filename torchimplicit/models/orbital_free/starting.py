@@ -58,7 +58,7 @@ def fit_linear(
 
 @dataclass(frozen=True, eq=False)
 class Linearized:
-    """What :func:`fit_linear` needs of a molecule, by the functional without linear terms.
+    """The data of a molecule that :func:`fit_linear` needs, from the functional without linear terms.
 
     Attributes:
         charges: the molecule's.

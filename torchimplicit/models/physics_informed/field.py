@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
 Order = tuple[int, ...]
-"""Which derivative: the coordinates it is taken in; ``()`` is the value, ``(1, 1)`` twice in coordinate 1."""
+"""A derivative, by the coordinates in which it is taken: ``()`` is the value, ``(1, 1)`` twice in coordinate 1."""
 
 
 class Field(nn.Module, ABC):
@@ -36,8 +36,8 @@ class Field(nn.Module, ABC):
 
     @property
     def converged(self) -> Tensor | None:
-        """Which points of the last evaluation found all that they had to solve for, ``[points]``; ``None`` where there
-        is nothing to solve."""
+        """Bool ``[points]``: points of the last evaluation at which all solves converged; ``None`` where there is
+        nothing to solve."""
         return None
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Field(nn.Module, ABC):
         return 2 * (x - self.low) / (self.high - self.low) - 1
 
     def speeds(self) -> Tensor:
-        """What a unit of each input is inside the model."""
+        """Length of a unit of each input inside the model."""
         return 2 / (self.high - self.low)
 
 
@@ -158,7 +158,7 @@ def _combined(parts: list[Part], derivatives: list[list[Tensor]]) -> Tensor:
 
 
 def tanh_lower(inside: list[Tensor], outside: list[Tensor], slopes: list[Tensor], lines: int) -> Tensor:
-    """What lower orders contribute to the next Taylor coefficient of :math:`y=\\tanh a`.
+    """Return the contribution of lower orders to the next Taylor coefficient of :math:`y=\\tanh a`.
 
     With :math:`s=1-y^2` the chain rule :math:`y'=s\\,a'` reads, of coefficients of order k,
 

@@ -1,4 +1,4 @@
-"""What implicit representations and their explicit twins share: filters, a cell of layers, and a linear head."""
+"""The parts that implicit and explicit representations share: filters, a cell of layers, and a linear head."""
 
 from __future__ import annotations
 

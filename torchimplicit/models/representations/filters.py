@@ -1,4 +1,4 @@
-"""What coordinates enter a representation by: sines of them, localized or not."""
+"""Filters by which coordinates enter a representation: sines of them, localized or not."""
 
 from __future__ import annotations
 

@@ -489,7 +489,7 @@ def rows(dampings: tuple[float, ...]) -> dict[str, float | None]:
 
 
 def differentiated(equilibria: Equilibria, damping: float | None) -> Equilibria:
-    """The same solves with another estimator."""
+    """Return the same solves with another estimator."""
     if damping is None:
         return replace(equilibria, gradient="implicit")
     return replace(equilibria, gradient="unrolled-phantom", phantom_steps=5, phantom_damping=damping)

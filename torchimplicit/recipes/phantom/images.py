@@ -358,7 +358,7 @@ def estimators(config: CostConfig) -> dict[str, Equilibria]:
 
 
 def run_out(settings: Equilibria) -> Equilibria:
-    """The same settings with solvers that use their whole step budget."""
+    """Return the same settings with solvers that use their whole step budget."""
     return replace(settings, tolerance=UNREACHED, backward_tolerance=UNREACHED)
 
 

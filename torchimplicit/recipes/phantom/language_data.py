@@ -40,7 +40,7 @@ WIKITEXT103 = Download(
 
 
 def python_reference() -> Path:
-    """What ``help()`` says of Python's syntax, about 370,000 characters, as a file in the cache.
+    """The text that ``help()`` shows of Python's syntax, about 370,000 characters, as a file in the cache.
 
     Every version of Python has its own; the file is named after it. A paragraph that several topics share is there
     once, so that held-out text is new.

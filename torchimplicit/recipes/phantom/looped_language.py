@@ -39,7 +39,7 @@ class Row:
 
     @property
     def stack(self) -> bool:
-        """Whether its layers have weights of their own, so that no layer is iterated."""
+        """True if its layers have weights of their own, so that no layer is iterated."""
         return self.settings.get("architecture") == "stack"
 
     def of(self, base: LanguageConfig) -> LanguageConfig:
@@ -266,7 +266,7 @@ def sheets(config: LoopedLanguageConfig, runs: Runs) -> Iterator[TitledTable]:
 
 
 def claims(config: LoopedLanguageConfig, runs: Runs) -> Iterator[Claim]:
-    """What the field says of these models."""
+    """Test published statements about these models."""
 
     def against(one: list[float], other: list[float]) -> str:
         return f"{table.spread(one)} against {table.spread(other)}"

@@ -108,7 +108,7 @@ NOTES = {
     "iae": "Integral of the absolute error, summed over the components,",
     "relative_l2": "L2 norm of the error on the evaluation grid, divided by that of the reference solution",
 }
-"""What the measures are."""
+"""Definitions of the measures."""
 
 AIMS = {5: 1e-2, 20: 1e-3}
 """Published IAE on the Van der Pol oscillator, by number of states."""

@@ -79,7 +79,7 @@ class Sudoku(Game):
         return clues, [digit - 1 for digit in answer]
 
     def solvable(self, clues: Sequence[int]) -> bool:
-        """Whether the solution is unique and the difficulty's method finds it."""
+        """Return whether the solution is unique and the difficulty's method finds it."""
         if self.difficulty == "hard":
             return len(self.solutions(clues, 2)) == 1
         return 0 not in self.deduced(clues)

@@ -211,7 +211,7 @@ class Clip:
 
 @dataclass
 class _Reading:
-    """What is known of a file while its frames are read."""
+    """State of a file while its frames are read."""
 
     rate: float
     notes: list[str]

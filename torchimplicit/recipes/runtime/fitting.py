@@ -77,8 +77,8 @@ class SealedCheckpoints(CheckpointIO):
 class StopOnSignals(Callback):
     """SIGTERM ends training after the step in progress, and so does Ctrl-C in processes spawned for this training.
 
-    Lightning by itself would leave the step with ``SystemExit``. It restores the handler when training ends. Of several
-    processes all stop after the same step, where one would otherwise wait for the others for ever.
+    Lightning by itself would leave the step with ``SystemExit``. It restores the handler when training ends. If there
+    are several processes, all stop after the same step; otherwise one would wait for the others for ever.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # Lightning's are there by then
@@ -255,7 +255,7 @@ def whole(checkpoint: Path) -> Path:
 
 
 class Counted(Protocol):
-    """What a module trained under :class:`ShowProgress` must report."""
+    """Interface of a module trained under :class:`ShowProgress`."""
 
     @property
     def steps_done(self) -> int:

@@ -74,7 +74,7 @@ class MonitorGradient(Callback):
     Training goes on as without it: the random state, gradients, buffers and warm starts are what they were. In steps
     between, and with ``every=0``, it watches nothing and costs nothing.
 
-    Of a layer that is called several times in a step, the last call is compared; a layer differentiated by
+    If a layer is called several times in a step, the last call is compared; a layer differentiated by
     :class:`~torchimplicit.gradients.Unrolled` or from the solver's state is passed over.
 
     A module that measures its own time may have a method ``uncounted()``, a context in which the comparison is made.

@@ -57,7 +57,7 @@ def present() -> Defaults:
 def of_run(noted: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     """Make strategies with the defaults that a run recorded; report changes and removed fields once.
 
-    What has changed since is told once; of a field that is not there any more, that it is not.
+    A default that has changed since is reported once, and so is a field that does not exist any more.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     strategies = _strategies()

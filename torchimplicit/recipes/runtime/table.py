@@ -1,7 +1,7 @@
 """A published table in one file: its runs as rows of data, and sheets, claims, notes and figures as views of them.
 
-A table names its :class:`Job` objects, each under a key such as its row and its seed. What the record holds of every
-run, under the job's name, is all that the sheets, the claims and the notes are made of: a record remakes itself.
+A table names its :class:`Job` objects, each under a key such as its row and its seed. Sheets, claims and
+notes are made only from what the record holds of every run, under the job's name: a record remakes itself.
 Drawings may also look into the runs' folders.
 """
 
@@ -272,7 +272,7 @@ class CaptionedFigure:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a table makes of its runs; see :class:`~.record.Record`."""
+    """The summary that a table makes of its runs; see :class:`~.record.Record`."""
 
     title: str
     source: str

@@ -147,7 +147,7 @@ class Task(nn.Module, ABC):
         return ""
 
     def beside_weights(self) -> dict[str, Any]:
-        """What the weights cannot be used without, were the data gone: JSON files of the run, by name."""
+        """JSON files of the run, by name, without which the weights cannot be used if the data are gone."""
         return {}
 
 

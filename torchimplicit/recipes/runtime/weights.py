@@ -52,7 +52,7 @@ def begin_with(task: nn.Module, path: Path) -> None:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether it is a zip archive, as ``torch.save`` has written since version 1.6."""
+    """Return whether it is a zip archive, as ``torch.save`` has written since version 1.6."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\3\4"
 
