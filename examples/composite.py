@@ -3,7 +3,7 @@
 Copied pixels leave a seam; copied gradients do not (Pérez, Gangnet and Blake 2003). The composite is a function of
 the coordinates whose values outside of the region are those of the one picture, and whose gradient inside is that
 of the other. Training it differentiates the gradient again: `ImplicitSIREN` gives exact mixed second derivatives
-of its equilibrium, and its explicit twin `SIREN` ordinary ones. Poisson's equation on the grid is the reference.
+of its equilibrium, and its explicit counterpart `SIREN` ordinary ones. Poisson's equation on the grid is the reference.
 """
 
 import sys

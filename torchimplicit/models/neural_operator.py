@@ -1,4 +1,4 @@
-"""Neural operators for steady problems: a Fourier layer at its equilibrium, and explicit twins of it.
+"""Neural operators for steady problems: a Fourier layer at its equilibrium, and explicit counterparts of it.
 
 A steady state solves a fixed-point problem, u = F(u, a), which is the form of an equilibrium model (Marwah et al. 2023,
 arXiv 2312.00234).

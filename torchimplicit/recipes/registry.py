@@ -93,7 +93,7 @@ RECIPES = {
     "physics-equation": Entry("physics.solve_equation", "own", "",
         "Your own equation, from a Python file; its unknown parameters are estimated with the solution."),
     "operator-darcy": Entry("physics.operator", "darcy", "RUNNER",
-        "Steady Darcy flow by an equilibrium neural operator, or an explicit twin, on generated flows."),
+        "Steady Darcy flow by an equilibrium neural operator, or an explicit counterpart, on generated flows."),
     "reasoning-sudoku": Entry("reasoning.sudoku", "sudoku", "reasoning.solving:RUNNER",
         "Sudoku of 4, 6 or 9 digits by a small weight-tied network, on generated puzzles."),
     "reasoning-maze": Entry("reasoning.maze", "maze", "reasoning.solving:RUNNER",

@@ -1,4 +1,4 @@
-"""The explicit twin of the DEQ transformer: decoder layers with weights of their own, each applied once."""
+"""The explicit counterpart of the DEQ transformer: decoder layers with weights of their own, each applied once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Functions of coordinates that represent a signal: an image, a sound, a shape.
 
 The implicit ones of Huang, Bai and Kolter, *(Implicit)²: Implicit Layers for Implicit Representations* (NeurIPS 2021),
-and their explicit twins, which have the same parameters and apply the same cell once.
+and their explicit counterparts, which have the same parameters and apply the same cell once.
 """
 
 from torchimplicit.models.representations.base import ExplicitRepresentation, ImplicitRepresentation, Norm

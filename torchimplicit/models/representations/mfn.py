@@ -75,8 +75,8 @@ class ImplicitMFN(ImplicitRepresentation):
 
 @final
 class MFN(ExplicitRepresentation):
-    """The multiplicative filter network (Fathony et al. 2021, ICLR), the explicit twin of :class:`ImplicitMFN`: the
-    same parameters, which begin alike.
+    """The multiplicative filter network (Fathony et al. 2021, ICLR), the explicit counterpart of :class:`ImplicitMFN`:
+    the same parameters, which begin alike.
 
     Args:
         inputs, outputs, width, depth, scale, filter, low, high, alpha, first_alpha, norm, bound: as there; the layers

@@ -65,8 +65,8 @@ class ImplicitSIREN(ImplicitRepresentation):
 
 @final
 class SIREN(ExplicitRepresentation):
-    """The sinusoidal network (Sitzmann et al. 2020) with the coordinates given to every layer, the explicit twin of
-    :class:`ImplicitSIREN`: the same parameters, which begin alike.
+    """The sinusoidal network (Sitzmann et al. 2020) with the coordinates given to every layer, the explicit counterpart
+    of :class:`ImplicitSIREN`: the same parameters, which begin alike.
 
     Args:
         inputs, outputs, width, depth, scale: as there; ``depth`` counts the layers after the first sine.

@@ -1,4 +1,4 @@
-"""Steady Darcy flow by a neural operator, an equilibrium or an explicit twin, on generated flows."""
+"""Steady Darcy flow by a neural operator, an equilibrium or an explicit counterpart, on generated flows."""
 
 from __future__ import annotations
 

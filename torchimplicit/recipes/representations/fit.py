@@ -1,4 +1,4 @@
-"""Fits a function of coordinates to a signal, by an implicit representation or its explicit twin.
+"""Fits a function of coordinates to a signal, by an implicit representation or its explicit counterpart.
 
 A recipe of this family brings three things: its settings, among them a :class:`.settings.Representation`; the signal,
 as :class:`Points` with its splits; and what it shows of a fit. :class:`FieldTask` trains it, and :class:`FieldRunner`
@@ -49,7 +49,7 @@ NAMES: dict[tuple[FilterKind, bool], str] = {
     ("gabor", True): "Gabor-iMFN",
     ("gabor", False): "Gabor-MFN",
 }
-"""Names of a filter's implicit representation and of its explicit twin."""
+"""Names of a filter's implicit representation and of its explicit counterpart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Representation:
     """siren: SIREN or iSIREN. fourier, gabor: multiplicative filter networks, or their implicit form."""
 
     implicit: bool = True
-    """Use the fixed point of the cell. Otherwise its explicit twin, which has as many parameters and applies the cell
-    once."""
+    """Use the fixed point of the cell. Otherwise its explicit counterpart, which has as many parameters and applies the
+    cell once."""
 
     width: int = 128
     """Width of the state and the layers."""
