@@ -126,14 +126,15 @@ def test_unknown_names_are_refused_in_one_line(capsys):
     assert "no command 'trane'" in fails(capsys, "trane")
     assert "did you mean 'train'?" in fails(capsys, "trane")
     assert "did you mean 'implicit'?" in fails(capsys, "demo", "--estimators", "implict")
-    assert "no recipe 'foo'; the recipes are demo, digits" in fails(capsys, "train", "foo")
-    assert "did you mean 'digits'?" in fails(capsys, "train", "digit")
+    assert "no recipe 'foo'; 'torchimplicit list' shows all recipes" in fails(capsys, "train", "foo")
+    assert "no recipe 'digit'; did you mean 'digits'?" in fails(capsys, "train", "digit")
+    assert "no option --step; did you mean '--steps'?" in fails(capsys, "train", "images-digits", "--step", "3")
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["train"], "{demo, digits, "),
+        (["train"], "needs the name of a recipe"),
         (["resume"], "RUN"),
         (["demo", "--nonsense", "3"], "--nonsense"),
         (["demo", "--seed", "x"], "--seed"),

@@ -225,11 +225,14 @@ def parse(argv: list[str]) -> Command:
     """
     named = argv[0] if argv and not argv[0].startswith("-") else None
     if named is not None and named not in COMMANDS:
-        hint = meant(named, COMMANDS) or "see --help"
-        raise UserError(f"there is no command '{named}'; the commands are {', '.join(COMMANDS)}; {hint}")
+        hint = meant(named, COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"there is no command '{named}'; {hint}")
     short = WHOLE_HELP not in argv and not {"-h", "--help"}.isdisjoint(argv)
     argv = ["--help" if argument == WHOLE_HELP else argument for argument in argv]
     chosen: dict[str, str | None] = {"train": None, "reproduce": None}
+    if named in chosen and len(argv) == 1:
+        kind_of = "recipe" if named == "train" else "table"
+        raise UserError(f"{named} needs the name of a {kind_of}; 'torchimplicit list' shows all")
     if named in chosen and len(argv) > 1 and not argv[1].startswith("-"):
         chosen[named] = argv[1]
         if named == "train":
@@ -270,9 +273,10 @@ def parse(argv: list[str]) -> Command:
     except SystemExit as end:
         if not end.code:
             if short:
-                print(_shortened(help_text.getvalue()))
+                print(_shortened(help_text.getvalue(), "NAME" if named else "COMMAND"))
             raise
-        raise UserError(_one_line(complaint.getvalue())) from None
+        place = ["torchimplicit", *filter(None, (named, chosen.get(named or "")))]
+        raise UserError(_one_line(complaint.getvalue(), " ".join(place))) from None
     return parsed
 
 
@@ -282,8 +286,10 @@ class _Boxed(io.StringIO):
     encoding = "utf-8"
 
 
-def _shortened(text: str) -> str:
-    """A command's help in which groups that recipes share are listed by the names of their options."""
+def _shortened(text: str, subcommand: str) -> str:
+    """A command's help in which groups that recipes share are listed by the names of their options, and the usage does
+    has ``subcommand`` in place of the names of all subcommands."""
+    text = re.sub(r"\{[\w,-]{60,}\}", subcommand, text, count=1)
     kept: list[str] = []
     groups: dict[str, list[str]] = {}
     names: list[str] | None = None
@@ -307,13 +313,17 @@ def _shortened(text: str) -> str:
     return "\n".join(kept)
 
 
-def _one_line(box: str) -> str:
-    """Turn tyro's error box into one line: without the frame, and with semicolons for rules."""
+def _one_line(box: str, place: str) -> str:
+    """Turn tyro's error box into one line: without the frame, and with semicolons for rules. ``place`` is the command
+    whose help explains the options."""
     inner = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     text = " ".join(";" if line and set(line) <= {"─", "-"} else line for line in inner)
     parts = [" ".join(part.split()).rstrip(".") for part in text.split(";")]
     line = "; ".join(part for part in parts if part and not part.startswith("Argument helptext"))
-    line = line.replace("For full helptext, ", "for help, ")
+    line = re.sub("For full helptext, .*$", f"for help, run {place} --help", line)
+    if unknown := re.search(r"Unrecognized options: (--?[\w-]+)(.*)", line, re.IGNORECASE):
+        hint = meant(unknown[1], re.findall(r"--[\w-]+", unknown[2].partition("Perhaps you meant")[2]))
+        return f"there is no option {unknown[1]}; {hint or f'for help, run {place} --help'}"
     if choice := re.search(r"invalid choice '(.*?)'.* Expected one of (\(.*?\))", line, re.IGNORECASE):
         hint = meant(choice[1], re.findall(r"'(.*?)'", choice[2]))
         line = line.replace("; for help", f"; {hint}; for help") if hint else line

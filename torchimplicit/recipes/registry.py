@@ -231,8 +231,8 @@ def entry(name: str, among: dict[str, Entry] | None = None, kind: str = "recipe"
         return PARTS[name]
     if name in known:
         return known[name]
-    hint = meant(name, known) or "see 'torchimplicit list'"
-    raise UserError(f"there is no {kind} '{name}'; the {kind}s are {', '.join(known)}; {hint}")
+    hint = meant(name, known) or f"'torchimplicit list' shows all {kind}s"
+    raise UserError(f"there is no {kind} '{name}'; {hint}")
 
 
 def settings(name: str) -> Any:
