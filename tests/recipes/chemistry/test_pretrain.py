@@ -24,6 +24,7 @@ from torchimplicit.recipes.density.case import Case
 from torchimplicit.recipes.density.examples import slopes_of
 from torchimplicit.recipes.density.learning_settings import Finetuning, Pretraining, Stepping
 from torchimplicit.recipes.density.predict import Trained
+from torchimplicit.recipes.density.pretraining_loss import PretrainingLoss
 from torchimplicit.recipes.density.settings import ChemistrySettings, Molecules
 from torchimplicit.recipes.density.split import located
 from torchimplicit.recipes.registry import settings as settings_of
@@ -95,8 +96,8 @@ def _loss(run: Run, folder: Path) -> float:
     return float(case.loss(found.value))
 
 
-def test_a_loss_is_that_of_the_minimum_to_first_order(folder) -> None:
-    """The linearized L of the network's slope is the L of the minimum."""
+def test_loss_and_energy_are_those_of_the_minimum(folder) -> None:
+    """The linearized L of the network's slope is the L of the minimum, and the energy to second order its energy."""
     config = settings(folder, "potential")
     files, _ = located(config.molecules)
     functional, examples, _ = pretrain.started(config, files, CONSOLE)
@@ -107,12 +108,19 @@ def test_a_loss_is_that_of_the_minimum_to_first_order(folder) -> None:
     ((_, slope),) = slopes_of(functional.network, [example], [example.guess], recorded=False)
     missed = slope @ example.answer.T - example.wanted[:1]
     linearized = 0.5 * float(missed.square().sum()) / example.electrons
+    error = PretrainingLoss(functional.network, examples, [example], config).figures()["dE"]
     functional.network.double()
     case = Case.of(storage.load(files["train"][example.name]))
     with torch.no_grad():
         found = case.solved(functional, config.training(), cold=True)
     assert bool(found.converged)
     assert linearized == pytest.approx(float(case.loss(found.value)), rel=0.1)
+    with torch.no_grad():
+        at_minimum, at_reference = (
+            1e3 * float(functional(p, case.molecule) - case.molecule.energy) / example.electrons
+            for p in (found.value, case.molecule.reference)
+        )
+    assert abs(error - abs(at_minimum)) < 0.1 * abs(at_reference - at_minimum)
 
 
 def test_the_slope_that_is_wanted_is_the_energy_s(folder) -> None:

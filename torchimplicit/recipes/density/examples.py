@@ -81,7 +81,8 @@ class Missing:
 
 def fit_start(functional: OrbitalFree, examples: Sequence[Missing]) -> None:
     """Fit the linear terms and the elements' constants in closed form, as
-    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` do."""
+    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` do, the constants to the energies at the
+    minima to second order."""
     fit_linearized(
         functional,
         [
@@ -90,11 +91,16 @@ def fit_start(functional: OrbitalFree, examples: Sequence[Missing]) -> None:
         ],
     )
     with torch.no_grad():
-        missing = torch.stack(
-            [one.energies[0] - functional.linear(one.molecule) @ one.coefficients[0] for one in examples]
-        )
+        missing = torch.stack([_lacking(functional.linear(one.molecule), one) for one in examples])
         counts = element_counts([one.molecule for one in examples])
         functional.constants.copy_(torch.linalg.pinv(counts) @ missing)
+
+
+def _lacking(linear: Tensor, one: Missing) -> Tensor:
+    """What the energy at the minimum, to second order, lacks of the exact one with these linear terms (``[n]``)."""
+    slope = linear - one.slopes[0]
+    lowered = 0.5 * (one.plain @ slope) @ (one.answer @ slope)
+    return one.energies[0] - linear @ one.coefficients[0] + lowered
 
 
 @final

@@ -20,7 +20,7 @@ stays convex); an energy of the density; or, for comparison, the density itself 
 class Stepping:
     """Optimization by AdamW with cosine decay, on batches of molecules."""
 
-    steps: int = 2000
+    steps: int = 3000
     """Largest number of optimizer steps."""
 
     seconds: float | None = None
