@@ -89,7 +89,7 @@ class Box:
 
     def project(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The projection of ``x`` (``[batch, dim]``) onto the set; differentiable."""
-        return torch.where(x < low, low, torch.where(x > high, high, x))
+        return torch.clamp(x, low, high)
 
 
 @final

@@ -16,11 +16,13 @@ from torch.nn import functional
 from torchimplicit.attacks.replaced import Replaced
 from torchimplicit.constraints import Box, L2Ball
 from torchimplicit.errors import ConvergenceWarning
+from torchimplicit.members import compiled_module
 from torchimplicit.problems.sets import FlatBox, FlatCut
 from torchimplicit.solution import Solution
 from torchimplicit.validation import at_least
 
 Norm = Literal["l2", "linf"]
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Found(NamedTuple):
@@ -154,11 +156,10 @@ class Attack(ABC):
         low, high = self._room(images)
         if self.norm == "linf":
             return lambda change: torch.clamp(change, low, high)
-        center = torch.zeros_like(images).flatten(1)
         box = FlatBox((low.flatten(1), high.flatten(1)))
-        tensors = (*box.tensors, center.new_full((1, 1), self.radius), center)
+        tensors = (*box.tensors, low.new_full((1, 1), self.radius), torch.zeros_like(box.tensors[0][:1]))
         both = FlatCut(box, tensors)
-        return lambda change: both.project(change.flatten(1), center[:, :1], *tensors).view_as(change)
+        return lambda change: both.project(change.flatten(1), tensors[2], *tensors).view_as(change)
 
     def _check(self, images: Tensor, labels: Tensor) -> None:
         name = type(self).__name__
@@ -179,6 +180,24 @@ class Attack(ABC):
             )
 
 
+class _Affine:
+    """A batch normalization in eval mode as one multiplication and addition, whose backward pass is several times as
+    fast as that of PyTorch's, which also makes the sums for the weights' gradients."""
+
+    def __init__(self, norm: Any):
+        self.usual = norm.forward
+        with torch.no_grad():
+            scale = (norm.running_var + norm.eps).rsqrt()
+            self.scale = scale if norm.weight is None else scale * norm.weight
+            self.shift = -norm.running_mean * self.scale + (0 if norm.bias is None else norm.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self.scale.dtype or x.ndim < 2 or x.shape[1] != len(self.scale):
+            return self.usual(x)
+        shape = (-1, *(1,) * (x.ndim - 2))
+        return torch.addcmul(self.shift.view(shape), self.scale.view(shape), x)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode and freeze all weights while the context lasts."""
@@ -187,9 +206,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     for weight in weights:
         weight.requires_grad_(False)
+    norms = [] if compiled_module(model) else [m for m in modes if type(m) in NORMS and m.running_mean is not None]
+    for norm in norms:
+        norm.__dict__["forward"] = _Affine(norm)  # hides the method of the class
     try:
         yield
     finally:
+        for norm in norms:
+            norm.__dict__.pop("forward", None)
         for module, mode in modes.items():
             module.training = mode
         for weight in weights:

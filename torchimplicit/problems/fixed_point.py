@@ -52,6 +52,9 @@ class FixedPointSystem(ImageSystem):
         residual, norms = image - z, self.norms
         return Point(z, residual, scale=norms(image), image=image, error=norms(residual))
 
+    def advanced(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        return self.fn(z, *params)
+
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         return self.fn(z, *params)
 

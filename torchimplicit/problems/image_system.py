@@ -23,6 +23,10 @@ class ImageSystem(System):
     def image(self, z: Tensor, *params: Tensor) -> Tensor:
         """:math:`T(z)`, ``[batch, dim]``; differentiable to any order by composable transforms."""
 
+    @abstractmethod
+    def advanced(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """:math:`T(z)` as :meth:`at` evaluates it, without the residual and what judges it."""
+
     def residual(self, z: Tensor, *params: Tensor) -> Tensor:
         return z - self.image(z, *params)
 

@@ -74,6 +74,14 @@ class JointSystem(ImageSystem):
     restated: bool = False
 
     def at(self, z: Tensor, params: Sequence[Tensor], value: Tensor | None = None) -> Point:
+        image, loss, slope = self._evaluated(z, params)
+        return self._judged(z, image, loss, self._pace(slope, params))
+
+    def advanced(self, z: Tensor, params: Sequence[Tensor]) -> Tensor:
+        return self._evaluated(z, params)[0]
+
+    def _evaluated(self, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The map's value, the loss, and the gradient of :math:`\\Lambda` in x."""
         slopes: Sequence[Tensor]
         if torch.is_grad_enabled():
             image_of_z, loss, slopes = self._sloped(z, params)
@@ -84,8 +92,7 @@ class JointSystem(ImageSystem):
                 image_of_z, loss = self.fn(leaves, *params)
                 slopes = _slopes(image_of_z, loss, mu, leaves, create_graph=False)
             image_of_z, loss = image_of_z.detach(), loss.detach()
-        image = self._step(z, image_of_z, slopes, params)
-        return self._judged(z, image, loss, self._pace(slopes[1], params))
+        return self._step(z, image_of_z, slopes, params), loss, slopes[1]
 
     @torch.no_grad()
     def refined(self, point: Point, before: Point) -> Point:

@@ -79,10 +79,15 @@ class FlatSet(ABC):
 
 
 class LinearSet(FlatSet):
-    """A set of linear equalities and inequalities, onto which the projection is piecewise affine.
+    """A set of linear equalities and inequalities, onto which the projection is piecewise affine."""
 
-    The piece is found on plain tensors, and the projection is differentiated within it.
-    """
+    @abstractmethod
+    def along(self, z: Tensor, way: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """The projection of ``z``, and its derivative along ``way``."""
+
+
+class InPieces(LinearSet):
+    """A linear set whose projection is differentiated within a piece that is found on plain tensors."""
 
     @abstractmethod
     def piece(self, z: Tensor, *tensors: Tensor) -> Any:
@@ -93,7 +98,15 @@ class LinearSet(FlatSet):
         """The projection of ``z`` onto the states where these hold with equality: affine in ``z``, differentiable."""
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
-        return self.onto(z, self.piece(z.detach(), *(t.detach() for t in tensors)), *tensors)
+        return self.onto(z, self._found(z, tensors), *tensors)
+
+    def along(self, z: Tensor, way: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        piece = self._found(z, tensors)
+        at = self.onto(z, piece, *tensors)
+        return at, self.onto(z + way, piece, *tensors) - at
+
+    def _found(self, z: Tensor, tensors: Tensors) -> Any:
+        return self.piece(z.detach(), *(t.detach() for t in tensors))
 
 
 @final
@@ -104,13 +117,13 @@ class FlatBox(LinearSet):
     tensors: Tensors
     lengths = (True, True)
 
-    def piece(self, z: Tensor, *tensors: Tensor) -> Any:
-        low, high = tensors
-        return z < low, z > high
+    def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        return torch.clamp(z, *tensors)
 
-    def onto(self, z: Tensor, piece: Any, *tensors: Tensor) -> Tensor:
-        (low, high), (at_low, at_high) = tensors, piece
-        return torch.where(at_low, low, torch.where(at_high, high, z))
+    def along(self, z: Tensor, way: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        at = torch.clamp(z, *tensors)
+        held = (z - at).detach().sign_().abs_()  # one or zero: a boolean mask takes several times as long on a CPU
+        return at, torch.addcmul(way, held, way, value=-1)
 
     def check(self, z: Tensor) -> None:
         if _plain(self.tensors) and bool((self.tensors[0] > self.tensors[1]).any()):
@@ -119,7 +132,7 @@ class FlatBox(LinearSet):
 
 @final
 @dataclass(frozen=True)
-class FlatSlice(LinearSet):
+class FlatSlice(InPieces):
     """The intersection of a box and a plane; its tensors are ``low``, ``high`` and the weight ``[rows or 1, dim]``, and
     the total ``[rows or 1, 1]``."""
 
@@ -219,7 +232,7 @@ class FlatBall(FlatSet):
 
 @final
 @dataclass(frozen=True)
-class FlatPolyhedron(LinearSet):
+class FlatPolyhedron(InPieces):
     """A polyhedron of linear equalities and inequalities with unit rows.
 
     Attributes:
@@ -327,8 +340,8 @@ class FlatCut(FlatSet):
     and the center ``[rows or 1, dim]``.
 
     The projection of y is :math:`\\Pi(c+t(y-c))`, with the projection :math:`\\Pi` onto the linear set and the largest
-    :math:`t\\le1` for which it lies in the ball. Its distance from the center c increases with t, and the square of it
-    is a quadratic polynomial in every piece.
+    :math:`t\\le1` for which it lies in the ball. Within a piece that is :math:`c+a+tb` with orthogonal a and b, so that
+    the square of its distance from c, which increases with t, is linear in :math:`t^2`.
     """
 
     linear: LinearSet
@@ -340,51 +353,45 @@ class FlatCut(FlatSet):
         return *self.linear.lengths, True, True
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
+        (square,) = unseen(self._square_share, len(z), z, *tensors)
+        share = square.sqrt()
+        at, way, room, size = self._at(share, z - tensors[-1], *tensors)
+        # the t of the piece, which has derivatives; a point inside of the ball stays
+        moves = (square < 1) & (size > 0)
+        square = square + room / torch.where(moves, size, 1)
+        positive = square > 0
+        crossed = torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+        return at + torch.where(moves, crossed - share, 0) * way
+
+    def _at(self, share: Tensor, away: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The projection for a given t, its derivative b, how much the square of its distance is below :math:`r^2`, and
+        :math:`\\lVert b\\rVert^2`: ``[rows, dim]`` the first two, ``[rows, 1]`` the others."""
         *tensors_of_set, radius, center = tensors
-        center = center.expand(len(z), -1)
-        share, outside = unseen(self._share, len(z), z, *tensors)
-        piece = self.linear.piece((center + share * (z - center)).detach(), *(t.detach() for t in tensors_of_set))
-        at, way, length = self._ray(z, piece, tensors_of_set, center)
-        crossed = self._crossing(at, way, length, radius)
-        # a point inside of the ball stays
-        share = torch.where(outside & (length > 0), crossed, torch.where(outside, share, 1))
-        return center + at + share * way
+        at, way = self.linear.along(torch.addcmul(center, share, away), away, *tensors_of_set)
+        return at, way, radius.square() - _square(at - center), _square(way)
 
-    def _ray(self, z: Tensor, piece: Any, tensors_of_set: Any, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projections within a piece relative to the center, ``at + t * way``, and the squared length of
-        ``way``."""
-        at = self.linear.onto(center, piece, *tensors_of_set) - center
-        way = self.linear.onto(z, piece, *tensors_of_set) - center - at
-        return at, way, way.square().sum(dim=1, keepdim=True)
+    def _square_share(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+        """The :math:`t^2` of the projection, ``[rows, 1]``; one where the ball is not active.
 
-    @staticmethod
-    def _crossing(at: Tensor, way: Tensor, length: Tensor, radius: Tensor) -> Tensor:
-        """The t at which the ray leaves the ball, ``[rows, 1]``."""
-        along = (at * way).sum(dim=1, keepdim=True)
-        room = along.square() - length * (at.square().sum(dim=1, keepdim=True) - radius.square())
-        root = torch.where(room > 0, room, 1).sqrt()
-        return (torch.where(room > 0, root, 0) - along) / torch.where(length > 0, length, 1)
-
-    def _share(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """The t of the projection, ``[rows, 1]``; and bool ``[rows, 1]``, where the ball is active."""
-        *tensors_of_set, radius, center = tensors
-        center = center.expand(len(z), -1)
-        low, high = torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1])
-        share, outside = high, torch.zeros_like(high, dtype=torch.bool)
-        for step in range(BISECTIONS):
-            piece = self.linear.piece(center + share * (z - center), *tensors_of_set)
-            at, way, length = self._ray(z, piece, tensors_of_set, center)
-            far = (at + share * way).square().sum(dim=1, keepdim=True) > radius.square()
-            outside = far if step == 0 else outside
-            low, high = torch.where(far, low, share), torch.where(far, share, high)
-            crossed = self._crossing(at, way, length, radius)
-            inside = (crossed >= low) & (crossed <= high)
-            if bool((~outside | (crossed - share).abs().le(4 * torch.finfo(z.dtype).eps)).all()):
+        By Newton's method from below. In a box around the center the square of the distance is concave in :math:`t^2`,
+        so that the iterates increase, and end after finitely many; elsewhere a bracket guards them.
+        """
+        radius, center = tensors[-2:]
+        away = z - center
+        rounding = 8 * torch.finfo(z.dtype).eps * radius * (radius + center.abs().amax(dim=1, keepdim=True))
+        square = (radius.square() / _square(away)).nan_to_num(1.0).clamp(max=1)
+        low, high = torch.zeros_like(square), torch.ones_like(square)
+        for step in range(1, BISECTIONS):
+            _, _, room, size = self._at(square.sqrt(), away, *tensors)
+            if not bool(((room < -rounding) | ((room > rounding) & (square < 1))).any()):
                 break
-            # try where this piece crosses the ball; where it does not, and in every fourth step, bisect
-            share = torch.where(inside & (step % 4 != 3), crossed, 0.5 * (low + high))
-            share = torch.where(outside, share, 1)
-        return share, outside
+            far = room < 0
+            low, high = torch.where(far, low, square), torch.where(far, square, high)
+            crossed = torch.addcdiv(square, room, size).clamp(max=1)
+            newton = (crossed >= low) & (crossed <= high)
+            middle = torch.lerp(low, high, 0.5)
+            square = torch.where(newton, crossed, middle) if step % 8 else middle
+        return (square,)
 
     def check(self, z: Tensor) -> None:
         self.linear.check(z)
@@ -402,6 +409,11 @@ class FlatCut(FlatSet):
                 f"the constraint's set is empty in {int(bad.sum())} of {len(bad)} samples: the other constraints leave "
                 "no state in the ball"
             )
+
+
+def _square(v: Tensor) -> Tensor:
+    """The squared norm of each row, ``[rows, 1]``."""
+    return torch.linalg.vecdot(v, v)[:, None]
 
 
 @final

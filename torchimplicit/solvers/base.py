@@ -65,8 +65,8 @@ class Evaluator:
     def image(self, z: Tensor) -> Tensor:
         """Evaluate the map of a fixed-point system, without forming its residual."""
         self.rows_evaluated += z.shape[0]
-        assert isinstance(self.system, ImageSystem)
-        return self.system.image(z, *self.params)
+        assert isinstance(self._now, ImageSystem)
+        return self._now.advanced(z, self.params)
 
     def operator(self, z: Tensor) -> LinearOperator:
         """The Jacobian :math:`A` at ``z`` as a linear operator."""

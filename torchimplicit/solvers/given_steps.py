@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchimplicit.problems import Point, System
-from torchimplicit.problems.fixed_point import FixedPointSystem
+from torchimplicit.problems.image_system import ImageSystem
 from torchimplicit.solution import Report, Status
 from torchimplicit.solvers.base import Evaluator, Progress, Solver
 from torchimplicit.solvers.result import SolverResult, traced, worst
@@ -47,7 +47,7 @@ def take_steps(
     led = recorded if hidden and recorded else 0
     if hidden < count:
         solver.check_unrolled()
-    straight = solver.straight and isinstance(system, FixedPointSystem) and not solver.keep_trace
+    straight = solver.straight and isinstance(system, ImageSystem) and not solver.keep_trace
 
     def kept(step: int, z: Tensor) -> Tensor | None:
         return z if solver.keeps(step) or (led and solver.keeps(step + led)) else None
