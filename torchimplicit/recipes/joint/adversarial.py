@@ -630,6 +630,12 @@ def against(runs: Runs, row: str, attack: str, rival: str) -> tuple[float, float
     return ratio(runs, row, attack, rival, "cross_entropy"), ratio(runs, row, rival, attack, "seconds")
 
 
+def measured_of(runs: Runs, row: str, kind: str, steps: Iterable[int]) -> dict[int, str]:
+    """The names of the attacks of a kind on the models of a row, by their numbers of steps. A record of an earlier
+    version may have fewer of them."""
+    return {n: name for n in sorted(steps) if of(runs, row, name := f"{kind}-{n}", "seconds")}
+
+
 def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[TitledTable]:
     """Accuracies, and the strength of the attacks."""
     strongest = [attacked(config, "jiio", 0).strongest(kind) for kind in ("PGD", "JIIO")]
@@ -686,7 +692,7 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
         if not runs.where(row=row):
             continue
         jiio, pgd = (
-            [f"{attack}-{n}" for n in sorted(steps)]
+            measured_of(runs, row, attack, steps).values()
             for attack, steps in (("JIIO", kind.jiio_steps), ("PGD", kind.pgd_steps))
         )
         rivals = [one for one in (rival, AS_PUBLISHED) if one in runs.where(row=row)[0]["attacks"]]
@@ -703,8 +709,8 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
             for each in (beside[rival], [(name, *against(runs, row, name, rival)) for name in pgd])
         )
         yield Claim(
-            "On the same model, the fastest JIIO of that strength is at least 3 times as fast as the fastest PGD of that "
-            "strength, those of few and long steps included",
+            "On the same model, the fastest JIIO of that strength is at least 3 times as fast as the fastest PGD of "
+            "that strength, those of few and long steps included",
             f"{short[1]} is {short[0]:.1f} times as fast as {rival}, and {strong[1]} {strong[0]:.1f} times: "
             f"{strong[0] / short[0]:.1f} times",
             strong[0] >= 3 * short[0],
@@ -796,7 +802,7 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
     figure, panels = axes(len(rows), width=4.2, height=3.6)
     for panel, row in zip(panels, rows, strict=True):
         for index, (label, several) in enumerate({"PGD": kind.pgd_steps, "JIIO": kind.jiio_steps}.items()):
-            names = {n: f"{label}-{n}" for n in sorted(several)}
+            names = measured_of(runs, row, label, several)
             times = [1e3 * fmean(of(runs, row, name, "seconds")) for name in names.values()]
             strong = [fmean(of(runs, row, name, "cross_entropy")) for name in names.values()]
             panel.plot(times, strong, label=label, **style(index))

@@ -446,7 +446,7 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[TitledTable]:
         Cell("Exact, cosine", compared("exact"), "",
              "with the gradient of tight joint and adjoint solves, at the weights"),
         Cell("Its length", compared("exact_length"), "", "over that one's"),
-        Cell("First-order, cosine", compared("first_order"), "", "likewise"),
+        Cell("First-order, cosine", compared("first_order"), "", "the same of the first-order gradient"),
         Cell("Its length", compared("first_order_length"), "", "over that one's"),
     ])  # fmt: skip
 
