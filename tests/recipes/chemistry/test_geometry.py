@@ -50,7 +50,7 @@ def test_every_known_molecule_is_a_geometry(name):
 
 
 def test_unknown_names_say_what_is_known():
-    with pytest.raises(UserError, match=r"no molecule or file 'h2o'; did you mean 'H2O'\?; .*NH3, CH4"):
+    with pytest.raises(UserError, match=r"no molecule or file 'h2o' \(did you mean 'H2O'\?\); .*NH3, CH4"):
         named("h2o")
     with pytest.raises(UserError, match=r"'benzene'; the molecules known by name are He, H2"):
         named("benzene")

@@ -304,7 +304,7 @@ def named(name: str, charge: int = 0, electrons: int | None = None) -> Geometry:
         if Path(name).suffix or len(Path(name).parts) > 1:
             raise UserError(f"there is no file or folder '{name}'")
         close = difflib.get_close_matches(name.upper(), [known.upper() for known in ATOMS], n=1, cutoff=0.99)
-        meant = [f"; did you mean '{known}'?" for known in ATOMS if known.upper() in close]
+        meant = [f" (did you mean '{known}'?)" for known in ATOMS if known.upper() in close]
         raise UserError(
             f"there is no molecule or file '{name}'{''.join(meant)}; the molecules known by name are "
             f"{', '.join(ATOMS)}; any other comes from an .xyz file, a folder or an archive of them"
