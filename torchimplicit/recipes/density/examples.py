@@ -81,8 +81,11 @@ class Missing:
 
 def fit_start(functional: OrbitalFree, examples: Sequence[Missing]) -> None:
     """Fit the linear terms and the elements' constants in closed form, as
-    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` do, the constants to the energies at the
-    minima to second order."""
+    :func:`~torchimplicit.models.orbital_free.fit_linear` and ``fit_constants`` do.
+
+    The constants are those with the right energies at the minima, to second order; before a network of the density,
+    which is trained at given densities, at the references.
+    """
     fit_linearized(
         functional,
         [
@@ -91,16 +94,19 @@ def fit_start(functional: OrbitalFree, examples: Sequence[Missing]) -> None:
         ],
     )
     with torch.no_grad():
-        missing = torch.stack([_lacking(functional.linear(one.molecule), one) for one in examples])
+        missing = torch.stack([_lacking(functional, one) for one in examples])
         counts = element_counts([one.molecule for one in examples])
         functional.constants.copy_(torch.linalg.pinv(counts) @ missing)
 
 
-def _lacking(linear: Tensor, one: Missing) -> Tensor:
-    """What the energy at the minimum, to second order, lacks of the exact one with these linear terms (``[n]``)."""
+def _lacking(functional: OrbitalFree, one: Missing) -> Tensor:
+    """The energy that the linear terms leave to the constants; see :func:`fit_start`."""
+    linear = functional.linear(one.molecule)
+    lacking = one.energies[0] - linear @ one.coefficients[0]
+    if functional.config.network_at == "density":
+        return lacking
     slope = linear - one.slopes[0]
-    lowered = 0.5 * (one.plain @ slope) @ (one.answer @ slope)
-    return one.energies[0] - linear @ one.coefficients[0] + lowered
+    return lacking + 0.5 * (one.plain @ slope) @ (one.answer @ slope)
 
 
 @final
