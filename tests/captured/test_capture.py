@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 
 import pytest
@@ -465,3 +466,47 @@ def test_a_leaf_whose_residual_appears_after_the_start_is_judged_in_its_own_unit
         assert torch.equal(captured.steps, eager.steps)
         torch.testing.assert_close(captured.value[1] / unit, eager.value[1] / unit, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(captured.residual, eager.residual, rtol=1e-2, atol=1e-14)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_hooks_that_a_module_is_given_later_are_seen():
+    """By default, the compiler guards no hooks."""
+    z0, x = inputs(3)
+    cell = Cell()
+
+    def same():
+        eager, captured = (ti.solve(FixedPoint(cell), z0, x, solver=Anderson(rtol=1e-12), compile=c) for c in (0, 1))
+        torch.testing.assert_close(captured.value, eager.value, rtol=1e-9, atol=1e-10)
+        return captured.value
+
+    first = same()
+    handle = cell.inner.register_forward_hook(lambda module, args, out: 0.3 * out)
+    assert (same() - first).abs().max() > 0.1
+    handle.remove()
+    assert torch.equal(same(), first)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: 0.5 * out)
+    with pytest.raises(CaptureWarning, match="hooks of all modules"):
+        same()
+    handle.remove()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_threads_do_not_disturb_each_other():
+    found = {}
+
+    def work(seed):
+        w, (z0, x) = weight(seed), inputs(2 + seed, seed)
+        for _ in range(3):
+            value = ti.solve(problem_of(w), z0, x, solver=Anderson(memory=2, rtol=1e-12), compile=True).value
+        found[seed] = value, w, x, torch.autograd.grad(value.sum(), (w, x))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    before = compilations()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert compilations() == before + 1
+    for value, w, x, grads in found.values():
+        expected = dense_gradient(value.detach(), w.detach(), x.detach(), torch.ones_like(x))
+        torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-8)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from torchimplicit.captured.adjoint import Adjoint
 from torchimplicit.captured.continued import Continuation
 from torchimplicit.captured.forward import Forward
 from torchimplicit.captured.methods import refusal
-from torchimplicit.captured.program import Bound, Plan, bind, tell, training
+from torchimplicit.captured.program import Bound, Plan, bind, compiling, tell, training
 from torchimplicit.closure import is_transformed, transforms_running, watched
 from torchimplicit.coupling import Coupling
 from torchimplicit.linear import LinearSolver
@@ -229,7 +230,8 @@ class Capturing:
             training(self.problem.function),
             lower,
         )
-        bound = bind(self.problem, plan, torch.is_grad_enabled(), flat, self.args)
+        with compiling:
+            bound = bind(self.problem, plan, torch.is_grad_enabled(), flat, self.args)
         if bound is None:
             return None
         self.capture = Capture(bound, None if adjoint is None else adjoint.terms)
@@ -261,6 +263,8 @@ class Capturing:
             return refused
         if solver.keep_trajectory or solver.keep_trace:
             return "keep_trajectory=True and keep_trace=True keep what compiled code does not"
+        if _has_any_global_hook():
+            return "hooks of all modules (register_module_forward_hook, ...) are not seen by the compiler"
         if not flat.numel():
             return "the batch is empty"
         if layout.complex:

@@ -37,6 +37,10 @@ from torchimplicit.problems import Problem
 from torchimplicit.solvers import Solver
 from torchimplicit.state import Layout
 
+compiling = threading.RLock()
+"""Held where something may be compiled, or is run that dynamo has compiled: its tracing is a state of the process, and
+threads would disturb each other."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,7 +90,8 @@ class Artifact:
     def where_slow(self) -> Compiled | None:
         """The adjoint solve where the series is slow; ``None`` where there is none."""
         try:
-            return None if self.slower is None else self.slower()
+            with compiling:
+                return None if self.slower is None else self.slower()
         except Exception as error:  # whatever the compiler stumbles over, the eager path does not need it
             self.slower = None
             tell(f"its backward pass, where the adjoint series is slow: {_reason(error)}")
@@ -196,10 +201,11 @@ class Program:
         set_tensors = now.own = [alias(t) for t in problem.constraint_tensors(self.plan.layout, rows)]
         _now.found = None
         try:
-            # a number that varies would become a symbol, which the compiler rounds to single precision
+            # a number that varies would become a symbol, which the compiler rounds to single precision; and by default,
+            # hooks that a module has been given since are not seen
             with (
                 torch.no_grad(),
-                torch._dynamo.config.patch(specialize_float=True),
+                torch._dynamo.config.patch(specialize_float=True, skip_nnmodule_hook_guards=False),
                 _settled(problem.function) as function,
             ):
                 leaves_out = self.call(function, state, tree, set_tensors)
