@@ -201,6 +201,10 @@ def test_from_the_command_line(folder, tmp_path, capsys, monkeypatch) -> None:
     ask += ("--scf-grid", "1", "--check-grid", "0", "--data-dir", str(folder), "--width", "8", "--no-page")
     assert cli.main(["pretrain", *ask, "--steps", "4", "--measure-every", "2", "--output", "first"]) == 0
     assert cli.main(["evaluate", "first"]) == 0
+    before, after = (
+        json.loads((tmp_path / "first" / f"{name}.json").read_text()) for name in ("results", "evaluation")
+    )
+    assert after["test"][0]["energy_error"] == pytest.approx(before["test"][0]["energy_error"], abs=1e-9)
     more = ("--steps", "2", "--measure-every", "1", "--check-grid", "0", "--output", "second")
     assert cli.main(["finetune", "first", *more]) == 0
     assert cli.main(["evaluate", "second"]) == 0

@@ -54,6 +54,11 @@ class Trained:
         }
         files.save(held, _place(run))
 
+    @staticmethod
+    def there(run: Run) -> bool:
+        """Return whether a run has saved one."""
+        return _place(run).is_file()
+
     @classmethod
     def of(cls, run: Run | Path | str) -> Trained:
         """The functional that a run of an ``ofdft`` recipe saved.
@@ -63,7 +68,7 @@ class Trained:
         """
         run = run if isinstance(run, Run) else Run(Path(run))
         run.read()  # which says what is wrong with the directory
-        if not _place(run).is_file():
+        if not cls.there(run):
             raise UserError(
                 f"{run} has no finished density functional: 'resume' an ofdft run that was stopped, and 'evaluate' "
                 "one that an earlier version has trained"

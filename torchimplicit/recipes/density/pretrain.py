@@ -111,7 +111,9 @@ def evaluate(config: Pretraining, run: Run, console: Console) -> None:
     course = trained_before(run)
     with bounded(config.training()):
         files, skipped = located(config.molecules, console)
-        functional, _, _ = started(config, files, console)
+        # what a finished run has left; an interrupted one has left the network's weights alone
+        left = Trained.there(run)
+        functional = Trained.of(run).functional if left else started(config, files, console)[0]
         results = _finished(config, functional, course, files, skipped, run)
     run.write_json("evaluation.json", {name: getattr(results, name) for name in ("validation", "test", "spurious")})
     _tell(results, run, console)
