@@ -95,6 +95,15 @@ def test_both_adaptations_find_the_same_context(model, waves) -> None:
     assert not descent.context.requires_grad
 
 
+def test_contexts_of_sine_waves_are_found_by_default() -> None:
+    task = TRAINER.module(sinusoid()).task
+    tasks = task.held_out("validation", 16)
+    features = task.model.encode(tasks.support).detach()
+    told: list[ti.Solution] = []
+    replace(task.adapt(learning=False), seen=told.append)(task.model, features, tasks.support_targets)
+    assert told[0].converged.double().mean() > 0.9
+
+
 def test_the_exact_gradient_is_that_through_many_steps_of_descent(model, waves) -> None:
     parameters = list(model.modulation.parameters())
 
@@ -173,9 +182,9 @@ def test_bad_input(tmp_path) -> None:
 def test_the_table(tmp_path) -> None:
     config = MetaTableConfig(plan=Plan(seeds=1))
     jobs = meta.jobs(config)
-    assert len(jobs) == 8
-    runs = {}
-    for job in jobs[:4]:
+    assert len(jobs) == 10
+    runs, names = {}, {*(f"JIIO-{n}" for n in (2, 5, 25, 100)), "descent-1", "descent-5"}
+    for job in jobs[:5]:
         assert from_plain(AdaptationsConfig, to_plain(job.config)) == job.config
         training = small(sinusoid(), adaptation=job.config.training.adaptation)
         few = replace(
@@ -184,15 +193,15 @@ def test_the_table(tmp_path) -> None:
             adapted_tasks=4,
             repeats=1,
             step_sizes=(1.0,),
-            jiio_steps=(2, 5, 25),
+            jiio_steps=(2, 5, 25, 100),
             descent_steps=(1, 5),
         )
         run = trained(job.recipe, few, tmp_path / job.name)
-        assert set(run.read_json("adaptations.json")) == {"JIIO-2", "JIIO-5", "JIIO-25", "descent-1", "descent-5"}
+        assert set(run.read_json("adaptations.json")) == names
         runs[job.name] = run
     summary = meta.TABLE.summarize(config, runs)
-    assert len(summary.sheets) == 5
-    assert len(summary.claims) == 6
+    assert len(summary.sheets) == 6
+    assert len(summary.claims) == 8
     some = meta.TABLE.summarize(config, {jobs[0].name: runs[jobs[0].name]})
     assert len(some.sheets) == 2
     assert meta.TABLE.summarize(config, {}).sheets == []

@@ -22,7 +22,7 @@ from torchimplicit import cli
 from torchimplicit.models import conv_decoder
 from torchimplicit.recipes.joint.decoder import Images, Joint, fitted, in_folder, read
 from torchimplicit.recipes.joint.generation import OWN, generation_images
-from torchimplicit.recipes.joint.restore import norm, restored
+from torchimplicit.recipes.joint.restore import _picture, norm, restored
 from torchimplicit.recipes.operators import Blur, Downsample, Known
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.settings import Machine, Optimization
@@ -87,6 +87,16 @@ def test_pictures_of_a_folder(tmp_path) -> None:
         OWN.ready(generation_images())
     with pytest.raises(UserError, match="--image-size is for"):
         Images(image_size=(3, 3))
+
+
+def test_pictures_of_16_bits_and_turned_ones(tmp_path) -> None:
+    deep, turned = tmp_path / "deep.png", tmp_path / "turned.png"
+    Image.fromarray((257 * np.arange(48).reshape(6, 8)).astype(np.uint16)).save(deep)
+    assert torch.equal((255 * _picture(deep, 1, (6, 8))).round().flatten(), torch.arange(48.0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright
+    Image.new("L", (8, 6)).save(turned, exif=exif)
+    assert _picture(turned, 3, (8, 6)).shape == (3, 8, 6)
 
 
 def test_cutting_to_a_shape() -> None:

@@ -214,10 +214,11 @@ def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
     names = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in names)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in names and path.is_file())
     if len(files) < 3:
         raise UserError(f"--images {folder} holds {len(files)} pictures, and training needs more")
     pictures: list[Tensor] = []
+    held = 0
     for file in files:
         pixels = read_file(file, None).pixels.permute(2, 0, 1)
         pictures.append(pixels if size is None else fitted(pixels, size))
@@ -226,7 +227,8 @@ def in_folder(folder: Path, size: tuple[int, int] | None) -> Labelled:
             raise UserError(
                 f"the pictures in {folder} have different shapes ({shapes}): give --image-size HEIGHT WIDTH"
             )
-        if sum(one.numel() for one in pictures) > MOST_NUMBERS:
+        held += pictures[-1].numel()
+        if held > MOST_NUMBERS:
             raise UserError(
                 f"the pictures in {folder} are too many or too large to be held in memory: smaller --image-size"
             )

@@ -56,7 +56,7 @@ from torchimplicit.recipes.runtime.task import (
 )
 from torchimplicit.recipes.runtime.trainer import Measuring, Trainer
 from torchimplicit.solution import Solution
-from torchimplicit.solvers import FixedPointIteration
+from torchimplicit.solvers import Broyden, FixedPointIteration
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -80,14 +80,21 @@ class MetaConfig:
     held fixed; JIIO differentiated through each of its few steps; or gradient descent through the equilibrium,
     differentiated through every step as in MAML."""
 
-    adaptation_steps: int = 25
-    """Steps of the adaptation: evaluations of JIIO, or solves with a gradient of descent."""
+    adaptation_solver: Literal["broyden", "plain"] = "broyden"
+    """Solver of JIIO. broyden: Broyden's method, which stops once a task's context is found. plain: plain iteration;
+    jiio-unrolled always takes it."""
 
-    adaptation_step_size: float = 1.0
+    adaptation_steps: int | None = None
+    """Most steps of the adaptation: evaluations of JIIO, or solves with a gradient of descent. Default: 100, as
+    published, for jiio and jiio-first-order, whose gradients are those of a context that has been found; 5 for
+    jiio-unrolled and descent, which differentiate through every step."""
+
+    adaptation_step_size: float = 0.3
     """Step size of the context along its gradient."""
 
-    penalty: float = 0.01
-    """Weight of the context's square in the loss that it minimizes. Without it there may be no best context."""
+    penalty: float = 0.1
+    """Weight of the context's square in the loss that it minimizes. Without it there may be no best context, and with a
+    small one it takes hundreds of steps to find."""
 
     adjoint_steps: int = 12
     """Largest number of steps of JIIO's exact adjoint (GMRES)."""
@@ -133,6 +140,12 @@ class MetaConfig:
         if self.data == "sinusoid" and self.data_dir is not None:
             raise UserError("sine waves are generated, not read: omit --data-dir")
 
+    @property
+    def most_steps(self) -> int:
+        """Most steps of the adaptation."""
+        few = self.adaptation in ("jiio-unrolled", "descent")
+        return self.adaptation_steps or (5 if few else 100)
+
 
 _EQUILIBRIA = Equilibria(tolerance=1e-2, backward_tolerance=1e-2)
 
@@ -146,10 +159,16 @@ def sinusoid() -> MetaConfig:
     )
 
 
+PLAIN: dict[str, Any] = {"adaptation_solver": "plain", "adaptation_steps": 25}
+"""A few plain steps, which do not find the context."""
+
+
 def omniglot() -> MetaConfig:
-    """Five new characters, one drawing of each: minutes on one core."""
+    """Five new characters, one drawing of each: minutes on one core. The context is not found: one drawing of each
+    character determines it so little that what finds it, a penalty of 0.01, adapts less and learned more slowly."""
     return MetaConfig(
         data="omniglot",
+        **PLAIN,
         adaptation_step_size=5.0,
         penalty=1e-3,
         state_size=100,
@@ -169,7 +188,7 @@ class AdaptationsConfig:
 
     training: MetaConfig = field(default_factory=sinusoid)
 
-    jiio_steps: tuple[int, ...] = (5, 10, 25, 50)
+    jiio_steps: tuple[int, ...] = (5, 10, 25, 50, 100)
     """Numbers of JIIO steps to compare."""
 
     descent_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
@@ -219,8 +238,8 @@ def errors(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """JIIO: one plain fixed-point iteration for the context and the states of all support samples of a task, which form
-    one sample of the batch.
+    """JIIO: one fixed-point iteration for the context and the states of all support samples of a task, which form one
+    sample of the batch.
 
     Args:
         steps: the most.
@@ -228,6 +247,8 @@ class Joint:
         penalty: weight of the context's square.
         gradient: gradient of the weights, in the context; ``None``: the context is a constant to them (first order).
         tolerance: relative, of the joint residual.
+        plain: whether by plain iteration, and otherwise by Broyden's method. Along contexts that the support hardly
+            determines, plain iteration takes as many steps as the loss is badly conditioned.
         seen: is told of the solve.
     """
 
@@ -236,13 +257,15 @@ class Joint:
     penalty: float
     gradient: Gradient | None = None
     tolerance: float = 1e-3
+    plain: bool = False
     seen: Callable[[Solution], None] | None = None
 
     def __call__(self, model: ContextEquilibrium, features: Tensor, targets: Tensor) -> Adapted:
         """Adapt to the support's features ``[tasks, samples, state]`` and targets."""
         problem = self.problem(model)
         start = (torch.zeros_like(features), model.contexts(features))
-        solver = FixedPointIteration(rtol=self.tolerance, max_steps=self.steps)
+        chosen: dict[str, Any] = {"rtol": self.tolerance, "max_steps": self.steps}
+        solver = FixedPointIteration(**chosen) if self.plain else Broyden(memory=40, **chosen)
         if self.gradient is None:
             with torch.no_grad():
                 solution = solve(problem, start, features, targets, solver=solver, throw=False)
@@ -260,7 +283,11 @@ class Joint:
             return errors(model.read(z, context), targets) + self.penalty * context.square().sum(1)
 
         return JointInference(
-            lambda z, context, features, targets: f(z, context, features), loss, self.step_size, damping=DAMPING
+            lambda z, context, features, targets: f(z, context, features),
+            loss,
+            self.step_size,
+            rowwise=True,
+            damping=DAMPING,
         )
 
 
@@ -476,7 +503,7 @@ class MetaLearning(Task):
         """The recipe's adaptation, with or without the weights' gradient."""
         config = self.config
         shared: Any = {
-            "steps": config.adaptation_steps,
+            "steps": config.most_steps,
             "step_size": config.adaptation_step_size,
             "penalty": config.penalty,
         }
@@ -484,10 +511,11 @@ class MetaLearning(Task):
             return Descent(**shared, differentiable=learning)
         first_order = config.adaptation == "jiio-first-order" or not learning
         through: Gradient | None = None
+        unrolled = config.adaptation == "jiio-unrolled"
+        plain = unrolled or config.adaptation_solver == "plain"
         if not first_order:
-            unrolled = config.adaptation == "jiio-unrolled"
             through = Unrolled() if unrolled else exact(config.adjoint_steps, config.adjoint_tolerance)
-        return Joint(**shared, gradient=through, seen=self.solved)
+        return Joint(**shared, gradient=through, plain=plain, seen=self.solved)
 
     def loss(self, batch: Any) -> Tensor:
         """The error on the queries, with the context adapted to the support."""
@@ -608,8 +636,14 @@ def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[
         return tries[finite.index(min(finite))]
 
     penalty = config.training.penalty
+    plain = (
+        config.training.adaptation not in ("jiio", "jiio-first-order") or config.training.adaptation_solver == "plain"
+    )
     return {
-        **{f"JIIO-{n}": best(Joint(steps=n, step_size=default, penalty=penalty)) for n in config.jiio_steps},
+        **{
+            f"JIIO-{n}": best(Joint(steps=n, step_size=default, penalty=penalty, plain=plain))
+            for n in config.jiio_steps
+        },
         **{f"descent-{n}": best(Descent(steps=n, step_size=default, penalty=penalty)) for n in config.descent_steps},
     }
 
@@ -643,12 +677,24 @@ TITLES = {"sinusoid": "Sine waves", "omniglot": "Omniglot, 5-way 1-shot"}
 UNITS = {"sinusoid": "mean squared error", "omniglot": "cross-entropy"}
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jiio": ("JIIO, exact", {"adaptation": "jiio"}),
-    "first-order": ("JIIO, first order", {"adaptation": "jiio-first-order"}),
+    "found": ("JIIO, exact, of contexts that are found", {"adaptation": "jiio"}),
+    "jiio": ("JIIO, exact, after 25 plain steps", {"adaptation": "jiio", **PLAIN}),
+    "first-order": ("JIIO, first order, after 25 plain steps", {"adaptation": "jiio-first-order", **PLAIN}),
     "unrolled": ("JIIO, through 5 steps", {"adaptation": "jiio-unrolled", "adaptation_steps": 5}),
     "descent": ("descent, through 5 steps", {"adaptation": "descent", "adaptation_steps": 5}),
 }
 """The training methods: a label and the settings of each."""
+
+FEW_STEPS: dict[str, Any] = {"adaptation_step_size": 1.0, "penalty": 0.01}
+"""Settings for sine waves of the rows that take a few steps: long ones, and a small penalty."""
+
+FOUND: dict[str, Any] = {
+    "adaptation_solver": "broyden",
+    "adaptation_steps": None,
+    "adaptation_step_size": 2.0,
+    "penalty": 0.01,
+}
+"""Settings for Omniglot of the row whose contexts are found."""
 
 UNROLLED = ROWS["unrolled"][1]["adaptation_steps"]
 
@@ -686,7 +732,8 @@ def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> Adapt
     """One run's settings."""
     base = sinusoid() if problem == "sinusoid" else replace(omniglot(), data_dir=config.data_dir)
     optimization = base.optimization.of(seed, config.steps, LONGER.get(row, 1))
-    training = replace(base, **ROWS[row][1], optimization=optimization, machine=config.machine)
+    own = {("sinusoid", False): FEW_STEPS, ("omniglot", True): FOUND}.get((problem, row == "found"), {})
+    training = replace(base, **{**ROWS[row][1], **own}, optimization=optimization, machine=config.machine)
     usual = AdaptationsConfig(training=training)
     return replace(usual, jiio_steps=FEW) if row == "unrolled" else usual
 
@@ -694,7 +741,7 @@ def adapted(config: MetaTableConfig, problem: str, row: str, seed: int) -> Adapt
 def native(config: MetaTableConfig, problem: str, row: str) -> str:
     """The adaptation that a model was trained with."""
     training = adapted(config, problem, row, 0).training
-    return f"{'descent' if training.adaptation == 'descent' else 'JIIO'}-{training.adaptation_steps}"
+    return f"{'descent' if training.adaptation == 'descent' else 'JIIO'}-{training.most_steps}"
 
 
 def jobs(config: MetaTableConfig) -> list[Job]:
@@ -763,14 +810,14 @@ def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> TitledTable:
         Cell[str]("Trained by", lambda row: f"{ROWS[row][0]} ({native(config, problem, row)})"),
         Cell("Error", told("error", 3), "",
              f"Test {UNITS[problem]} on the queries, adapted as in training; mean ± deviation over seeds."),
-        Cell("Accuracy", told("accuracy", 1, 100), "%", "Likewise."),
+        Cell("Accuracy", told("accuracy", 1, 100), "%", "Test accuracy on the queries."),
         Cell("Adaptation", told("seconds", 0, 1e3), "ms", "CPU time for all test tasks at once."),
         Cell("A training step", runs.told("costs.seconds", 0, 1e3), "ms",
              "Wall time, the median of a run; the machine was shared, so that it is rough."),
         Cell("Training steps", lambda row: str(adapted(config, problem, row, 0).training.optimization.steps)),
     ]  # fmt: skip
     shown = (cell for cell in cells if problem == "omniglot" or cell.title != "Accuracy")
-    return table.sheet(f"{TITLES[problem]}: training", ROWS, shown)
+    return table.sheet(f"{TITLES[problem]}: training", [row for row in ROWS if runs.where(row=row)], shown)
 
 
 def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
@@ -809,7 +856,7 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
     def reached(one: tuple[str, float, float]) -> str:
         return f"{one[0]} has {one[1]:.3f} after {1e3 * one[2]:.0f} ms"
 
-    for row in ("jiio", "first-order", "unrolled"):
+    for row in ("found", "jiio", "first-order", "unrolled"):
         if not {row, "descent"} <= rows:
             continue
         rival = natives["descent"]
@@ -826,7 +873,7 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
             f"{reached((rival, goal, seconds))}; {words}",
             time is not None and seconds / time[2] >= 3,
         )
-    for row in ("jiio", "unrolled"):
+    for row in ("found", "jiio", "unrolled"):
         if row not in rows:
             continue
         goal = fmean(of(runs, row, natives[row], "error"))
@@ -860,6 +907,12 @@ def protocol(config: MetaTableConfig, runs: Runs) -> str:
             f"{one.context_size}, {one.optimization.steps} steps of Adam on {one.optimization.batch_size} tasks, step "
             f"size {one.adaptation_step_size:g}, penalty {one.penalty:g}."
         )
+        if runs.where(problem=problem, row="found"):
+            own = adapted(config, problem, "found", 0).training
+            parts.append(
+                f"Contexts that are found: at most {own.most_steps} steps of Broyden's method, step size "
+                f"{own.adaptation_step_size:g}, penalty {own.penalty:g}."
+            )
     kind = adapted(config, config.problems[0], "jiio", 0)
     return (
         "A model z = tanh(Wz + γ(c) u + β(c)) whose context c adapts to a task on its support, and is judged on its "
@@ -884,7 +937,11 @@ def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
         "gradient is the adjoint of the joint map (Hessian-vector products, by truncated GMRES); the first-order one "
         "holds the context fixed, as the published code does."
     )
-    yield "JIIO is not accelerated here: the problem is not convex and, for a fresh model, badly conditioned."
+    yield (
+        "The problem is not convex and, with a small penalty, badly conditioned: 25 plain steps do not find the "
+        "context whose gradient the adjoint gives. With a larger penalty Broyden's method finds that of sine waves "
+        "in 20 to 50 evaluations; Anderson's method stops at stationary points of higher loss."
+    )
     yield (
         "Small models, few tasks and minutes of training: rows compare among themselves, and accuracies stay far below "
         "published ones. Omniglot's small background set has 136 characters, 24 of which are the test."

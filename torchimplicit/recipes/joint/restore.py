@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from torch import Tensor
 
 from torchimplicit._resolve import resolve
 from torchimplicit.models import EquilibriumDecoder
 from torchimplicit.problems import JointInference
-from torchimplicit.recipes.joint.decoder import Joint, fitted, found, joint_solver, read, squared_error
+from torchimplicit.recipes.joint.decoder import Joint, fitted, found, joint_solver, squared_error
 from torchimplicit.recipes.operators import USUAL, Blur, Downsample, Known, Matrix
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.execution import opened
@@ -145,15 +145,13 @@ class Restore:
     """File for the restored picture. Default: NAME-restored.png beside FILE."""
 
     def run(self, console: Console) -> int:
-        from dataclasses import replace
-
         run, runner, settings = opened(self.path)
-        task = getattr(getattr(runner, "first", None), "best", lambda *_: None)(settings, run)
+        task: Any = getattr(getattr(runner, "first", None), "best", lambda *_: None)(settings, run)
         decoder = getattr(task, "decoder", None)
         if not isinstance(decoder, EquilibriumDecoder):
             raise UserError(f"{run} has no decoder: restore takes a run of jiio-generation-... or jiio-inverse-...")
         decoder = decoder.cpu().eval().requires_grad_(False)
-        pixels = read(settings.images).pixels
+        pixels = task.data.pixels
         operator, measured, clean = self._measured(pixels)
         weight = float(getattr(task, "prior", settings.joint.prior)) if self.prior is None else self.prior
         joint = replace(settings.joint, test_steps=self.steps, prior=weight)
@@ -219,14 +217,17 @@ def _itself(images: Tensor) -> Tensor:
 
 
 def _opened(file: Path) -> Image.Image:
+    from torchimplicit.recipes.representations.image import eight_bits
+
     try:
         with Image.open(file) as image:
             image.load()
-            return image.copy()
+            upright = ImageOps.exif_transpose(image) or image.copy()
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{file} is not a picture that Pillow can read ({error})") from None
+    return eight_bits(upright, file.name) if upright.mode[0] in "IF" else upright
 
 
 def _picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:

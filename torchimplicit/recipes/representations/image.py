@@ -268,7 +268,7 @@ def prepared(image: Image.Image, name: str, size: int | None) -> Picture:
     notes: list[str] = []
     image = ImageOps.exif_transpose(image) or image
     if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image, name)
+        image = eight_bits(image, name)
         notes.append("reduced to 8 bits")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         grey = image.mode in ("LA", "La")
@@ -290,7 +290,7 @@ def prepared(image: Image.Image, name: str, size: int | None) -> Picture:
     return Picture(name, pixels, tuple(notes))
 
 
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+def eight_bits(image: Image.Image, name: str) -> Image.Image:
     """A grey picture of 16 or 32 bits, or of floating-point numbers from 0 to 1."""
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
