@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from torchimplicit.recipes.physics.equations import EQUATIONS, EquationName
-from torchimplicit.recipes.physics.solve_equation import PhysicsConfig
+from torchimplicit.recipes.physics.solve_equation import OPTIMIZERS, PhysicsConfig
+from torchimplicit.recipes.physics.statement import MEASURES
 from torchimplicit.recipes.runtime import table
 from torchimplicit.recipes.runtime.page import COLOURS, axes, legend_beside
 from torchimplicit.recipes.runtime.settings import positive
@@ -96,17 +97,12 @@ MODELS = {
 """The models. A network with two hidden layers has as many weights as the equilibrium of its width, and one more bias
 vector; the last is the plain network of the thesis."""
 
-OPTIMIZERS: dict[OptimizerName, str] = {"least-squares": "Gauss–Newton", "l-bfgs": "L-BFGS", "adam": "Adam"}
-"""Labels of the optimizers."""
-
 MEASURE = {"van-der-pol": "iae", "four-tanks": "relative_l2", "burgers": "relative_l2", "helmholtz": "relative_l2"}
 """Error measure of an equation. The thesis reports the integral of the absolute error (IAE)."""
 
-MEASURES = {"iae": "IAE", "relative_l2": "Relative error (L2)"}
-
 NOTES = {
     "iae": "Integral of the absolute error, summed over the components,",
-    "relative_l2": "L2 norm of the error on the evaluation grid, divided by that of the reference solution",
+    "relative_l2": "L2 norm of the error on the evaluation grid, divided by that of the reference solution,",
 }
 """Definitions of the measures."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchimplicit.recipes.physics.statement import MEASURES
 from torchimplicit.recipes.runtime.page import COLOURS, Section, axes, document, saved, styled
 from torchimplicit.recipes.runtime.table import CaptionedFigure
 
@@ -106,16 +107,21 @@ def colours(plot: Axes, equation: Equation, values: Array, title: str, **look: A
 
 def write_report(results: Results, equation: Equation, values: Array, run: Run) -> None:
     """Write ``figures/*.png`` and a self-contained ``index.html``."""
+    from torchimplicit.recipes.physics.solve_equation import OPTIMIZERS
+
     drawn = figures(results, equation, values)
     with styled():
         pictures = saved([CaptionedFigure(name, one, CAPTIONS[name]) for name, one in drawn.items()], run)
     unknown = ", ".join(f"{name} = {value:.6g}" for name, value in results.unknown.items())
-    said = [f"{name} {value:.2e}" for name, value in results.errors.items()]
-    said.append(f"loss {results.loss:.2e}, {results.validation:.2e} at other points")
+    said = [f"{MEASURES[name]} {value:.2e}" for name, value in results.errors.items()]
     lead = (
-        f"{results.config.model.capitalize()} of {results.parameters} weights, after {results.iterations} iterations "
-        f"of {results.config.optimizer}: {', '.join(said)}"
-        f"{f', against {results.reference}' if results.reference else ''}."
+        f"{results.config.model.capitalize()} with {results.parameters} weights after {results.iterations} iterations "
+        f"of {OPTIMIZERS[results.config.optimizer]}. The loss is {results.loss:.2e}, and {results.validation:.2e} at "
+        "points that were not trained on."
     )
-    leads = [lead, *([f"Found: {unknown}."] if unknown else [])]
+    leads = [lead]
+    if said:
+        leads.append(f"Errors against the reference solution ({results.reference}): {', '.join(said)}.")
+    if unknown:
+        leads.append(f"Estimated parameters: {unknown}.")
     run.write_text("index.html", document(equation.title, leads, [Section(pictures=pictures)]))

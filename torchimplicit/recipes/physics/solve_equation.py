@@ -15,7 +15,7 @@ import torch
 from torchimplicit.models.physics_informed import EquilibriumField, Field, NetworkField
 from torchimplicit.recipes.physics.equation_file import given
 from torchimplicit.recipes.physics.least_squares import LeastSquares, Solved
-from torchimplicit.recipes.physics.statement import Equation
+from torchimplicit.recipes.physics.statement import MEASURES, Equation
 from torchimplicit.recipes.runtime.errors import UserError
 from torchimplicit.recipes.runtime.optimize import Array, Budget, Checkpointer, Clock, Enough
 from torchimplicit.recipes.runtime.optimize import run as optimize
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # -- settings ----------------------------------------------------------------------------------------------------------
+
+
+OPTIMIZERS: dict[OptimizerName, str] = {"least-squares": "Gauss–Newton", "l-bfgs": "L-BFGS", "adam": "Adam"}
+"""Labels of the optimizers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,7 +374,8 @@ def _results(config: PhysicsConfig, equation: Equation, problem: LeastSquares, h
 
 def _say(results: Results, console: Console) -> None:
     unknown = {name: f"{value:.6g}" for name, value in results.unknown.items()}
-    figures = {**results.errors, "loss": results.loss, "held-out loss": results.validation}
+    errors = {MEASURES[name]: value for name, value in results.errors.items()}
+    figures = {**errors, "Loss": results.loss, "Held-out loss": results.validation}
     names = ["Model", "Weights", *unknown, *figures, "Iterations", "Seconds"]
     numbers = [f"{value:.2e}" for value in figures.values()]
     row = [results.config.model, str(results.parameters), *unknown.values(), *numbers, str(results.iterations)]

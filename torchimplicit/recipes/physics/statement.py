@@ -38,6 +38,9 @@ from torchimplicit.recipes.runtime.errors import UserError
 Array = NDArray[np.float64]
 Order = tuple[int, ...]
 
+MEASURES = {"iae": "IAE", "relative_l2": "Relative error (L2)"}
+"""Labels of the errors that :meth:`Equation.errors` gives."""
+
 # -- What residuals are made of ----------------------------------------------------------------------------------------
 
 

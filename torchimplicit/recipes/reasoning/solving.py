@@ -517,8 +517,9 @@ def scaling_table(result: Scaling) -> Table:
     rows += [(f"{one.starts} starts", one.evaluations, one.by_residual, one.by_vote) for one in result.breadth]
     return sheet("", rows, [
         Cell("Test-time computation", lambda row: row[0]),
-        Cell("Evaluations", lambda row: f"{row[1]:.0f}", "", "Of the cell, per puzzle."),
-        Cell("Solved", lambda row: f"{100 * row[2]:.1f}", "%", "Of several starts, by the least residual."),
+        Cell("Evaluations", lambda row: f"{row[1]:.0f}", "", "Evaluations of the cell per puzzle."),
+        Cell("Solved", lambda row: f"{100 * row[2]:.1f}", "%",
+             "Puzzles that are solved; with several starts, by the answer of the least residual."),
         Cell("By vote", lambda row: NONE if row[3] is None else f"{100 * row[3]:.1f}", "%"),
     ]).table  # fmt: skip
 

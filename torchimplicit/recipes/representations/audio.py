@@ -437,9 +437,9 @@ def show(config: SoundConfig, task: FieldTask, results: Results, run: Run) -> No
     power = float(truth.double().square().mean())
     distance, bands = spectral_distance(truth, values, rate), octaves(truth, values, rate)
     notes = [
-        f"Over all samples: {decibels(error, 2.0):.2f} dB PSNR, whose peak is the range from -1 to 1 of the sound at "
-        f"full scale, and {10 * math.log10(power / max(error, 1e-20)):.2f} dB beside the sound's own power "
-        f"(SNR). The log-spectral distance is {distance:.2f} dB. All samples were fitted: the validation and the test "
+        f"The PSNR over all samples is {decibels(error, 2.0):.2f} dB; its peak is the range from -1 to 1 of the sound "
+        f"at full scale. The signal-to-noise ratio (SNR) is {10 * math.log10(power / max(error, 1e-20)):.2f} dB. "
+        f"The log-spectral distance is {distance:.2f} dB. All samples were fitted: the validation and the test "
         "are on the same ones.",
         "The SNR by octaves: " + ", ".join(f"{ratio:.1f} dB in {band}" for band, ratio in bands.items()) + ".",
     ]

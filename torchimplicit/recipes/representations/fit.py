@@ -654,13 +654,14 @@ def summary(results: Results) -> Table:
     return sheet("", splits, [
         Cell[Any]("Split", lambda split: split[0]),
         *(figure(name) for name in names),
-        Cell("At step", lambda split: str(split[1].step), "", "The weights are those of the best validation."),
-        Cell("Training", lambda split: f"{split[1].seconds:.1f}", "s", "Until then."),
+        Cell("At step", lambda split: str(split[1].step), "", "Step of the best validation, whose weights are tested."),
+        Cell("Training", lambda split: f"{split[1].seconds:.1f}", "s", "Wall time until then."),
         Cell("Step", lambda _: shown(costs and 1e3 * costs.seconds, ".1f"), "ms",
-             "Median: forward, backward and update."),
-        Cell("Forward", lambda _: shown(costs and costs.forward, ".2f"), "evaluations", "Of the cell in a step, mean."),
+             "Time of a training step (forward, backward and update), median over the steps."),
+        Cell("Forward", lambda _: shown(costs and costs.forward, ".2f"), "evaluations",
+             "Evaluations of the cell in a training step, mean over the steps."),
         Cell("Backward", lambda _: shown(costs and costs.backward, ".2f"), "products",
-             "With the cell's Jacobian in a step, mean."),
+             "Products with the cell's Jacobian in a training step, mean over the steps."),
     ]).table  # fmt: skip
 
 

@@ -318,16 +318,17 @@ def show(config: PictureConfig, task: FieldTask, results: Results, run: Run) -> 
     values = task.on_grid(grid.sizes)
     pictures = [
         (folder / "original.png", "The picture."),
-        (folder / "reconstruction.png", "The field at its pixels."),
+        (folder / "reconstruction.png", "The fitted field at the pixels of the picture."),
         (
             folder / "error.png",
-            "The error's size, averaged over the channels: dark is none, bright a quarter of the range.",
+            "Absolute error, mean over the channels: dark is none, bright is a quarter of the range.",
         ),
     ]
     save(quantized(truth), pictures[0][0])
     save(quantized(values), pictures[1][0])
     save(error_map(values, truth), pictures[2][0])
-    notes = [f"Over all pixels: {decibels(float((values.clamp(-1, 1) - truth).square().mean()), 2.0):.2f} dB."]
+    error = float((values.clamp(-1, 1) - truth).square().mean())
+    notes = [f"The PSNR over all pixels is {decibels(error, 2.0):.2f} dB."]
     if isinstance(task, MeasuredTask):
         notes = [
             f"Known: {task.operator}. The test is on the picture; measurements that were held back select the "

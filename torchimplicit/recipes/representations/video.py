@@ -496,9 +496,9 @@ def show(config: VideoConfig, task: FieldTask, results: Results, run: Run) -> No
         (folder / "frames-psnr.png", "The PSNR of every frame."),
     ]
     notes = [
-        f"Over all pixels: {decibels(fmean(errors), 2.0):.2f} dB; from {min(of_frames):.2f} dB (frame "
-        f"{of_frames.index(min(of_frames))}) to {max(of_frames):.2f} dB (frame {of_frames.index(max(of_frames))}). All "
-        "pixels were fitted: the validation and the test are on the same ones."
+        f"The PSNR over all pixels is {decibels(fmean(errors), 2.0):.2f} dB; by frame it is from {min(of_frames):.2f} "
+        f"dB (frame {of_frames.index(min(of_frames))}) to {max(of_frames):.2f} dB (frame "
+        f"{of_frames.index(max(of_frames))}). All pixels were fitted: the validation and the test are on the same ones."
     ]
     if config.export_size:
         written = export(config, task, config.export_size, run)

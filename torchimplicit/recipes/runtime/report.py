@@ -72,12 +72,15 @@ def comparison(runs: Sequence[Finished]) -> Table:
         Cell("Run", lambda run: run.name),
         Cell("Recipe", lambda run: run.recipe),
         Cell("Best validation", lambda run: figure(run, run.results.best), "",
-             "by which the tested weights were selected"),
+             "Figures of the best validation, which selects the weights of the test."),
         Cell("Test", lambda run: figure(run, run.results.test) if run.results.test else run.results.state),
         Cell("Steps", lambda run: str(run.results.steps)),
-        Cell("Step", cost("seconds", ".0f", 1000), "ms", "median of a training step: forward, backward and update"),
-        Cell("Forward", cost("forward", ".1f"), "evaluations", "mean of a step, in whole-batch equivalents"),
-        Cell("Backward", cost("backward", ".1f"), "evaluations", "products with the Jacobian, likewise"),
+        Cell("Step", cost("seconds", ".0f", 1000), "ms",
+             "Time of a training step (forward, backward and update), median over the steps."),
+        Cell("Forward", cost("forward", ".1f"), "evaluations",
+             "Evaluations of the layer in a training step, in whole-batch equivalents; mean over the steps."),
+        Cell("Backward", cost("backward", ".1f"), "products",
+             "Products with the Jacobian in the backward pass of a training step; mean over the steps."),
     ]).table  # fmt: skip
 
 

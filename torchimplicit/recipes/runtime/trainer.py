@@ -333,11 +333,15 @@ def _allow_tf32(machine: Machine) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
 
+def _label(name: str) -> str:
+    return name[:1].upper() + name[1:].replace("_", " ")
+
+
 def _figures(validations: dict[str, Validation], task: Task) -> Table:
     rows = [
         [split, *told(one.figures, task.metric).values(), f"{one.forward:.1f}"] for split, one in validations.items()
     ]
-    names = ("Split", *told(validations["test"].figures, task.metric), "Forward evaluations")
+    names = ("Split", *map(_label, told(validations["test"].figures, task.metric)), "Forward evaluations")
     return Table([Column(name) for name in names], rows)
 
 
@@ -404,7 +408,7 @@ def summary(results: Results, task: Task) -> Table:
 
     return sheet("", splits, [
         Cell("Split", lambda pair: pair[0]),
-        *(Cell(name[:1].upper() + name[1:].replace("_", " "), figure(name)) for name in names),
+        *(Cell(_label(name), figure(name)) for name in names),
         Cell("At step", lambda pair: str(pair[1].step)),
         Cell("Training", lambda pair: f"{pair[1].seconds:.0f}", "s"),
         Cell("Forward evaluations", lambda pair: f"{pair[1].forward:.1f}"),
