@@ -136,6 +136,9 @@ def test_the_command(tmp_path, capsys) -> None:
         (("none.png",), "does not exist"),
         ((str(measured), "--operator", file), "what was measured is"),
         ((file, "--operator-size", "-1", "--operator", "blur"), "must be positive"),
+        ((file, "--simulate", "--noise", "-1"), "--noise"),
+        ((file, "--noise", "0.1"), "for --simulate alone"),
+        ((file, "--output", str(tmp_path / "no" / "x.png")), "not a folder"),
     ):
         assert cli.main(["restore", str(run.path), *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -145,6 +145,9 @@ class Restore:
     """File for the restored picture. Default: NAME-restored.png beside FILE."""
 
     def run(self, console: Console) -> int:
+        target = self.output or self.file.with_name(f"{self.file.stem}-restored.png")
+        if not target.parent.is_dir():
+            raise UserError(f"{target.parent} is not a folder: the restored picture cannot be written to {target}")
         run, runner, settings = opened(self.path)
         task: Any = getattr(getattr(runner, "first", None), "best", lambda *_: None)(settings, run)
         decoder = getattr(task, "decoder", None)
@@ -157,7 +160,6 @@ class Restore:
         joint = replace(settings.joint, test_steps=self.steps, prior=weight)
         result = restored(decoder, measured, operator, joint, pixels)
         misfit = float((result.measured - measured).square().mean().sqrt())
-        target = self.output or self.file.with_name(f"{self.file.stem}-restored.png")
         array = (result.images[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         with replacing(target) as draft:
             Image.fromarray(array[:, :, 0] if pixels[0] == 1 else array).save(draft, format="PNG")
@@ -172,6 +174,8 @@ class Restore:
         """The operator, the measurements, and the clean picture if there is one."""
         if self.steps < 1:
             raise UserError(f"--steps {self.steps} must be positive")
+        if not 0 <= self.noise < math.inf or (self.noise and not self.simulate):
+            raise UserError(f"--noise {self.noise:g} must be a standard deviation, and is for --simulate alone")
         size = USUAL.get(self.operator) if self.operator_size is None else self.operator_size  # type: ignore[call-overload]
         if size is not None and not 0 < size < math.inf:
             raise UserError(f"--operator-size {size} must be positive")
