@@ -26,6 +26,8 @@ def publish(pages: Path, version: str) -> None:
     newest = {"version": version, "title": version, "aliases": ["latest"]}
     file.write_text(json.dumps([newest, *kept], indent=1) + "\n", encoding="utf-8")
     (pages / "index.html").write_text(START, encoding="utf-8")
+    # GitHub Pages would otherwise leave out files whose names begin with an underscore.
+    (pages / ".nojekyll").touch()
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ def test_versions_of_the_site_stand_side_by_side(tmp_path, monkeypatch):
     versions = json.loads((pages / "versions.json").read_text())
     assert [(one["version"], one["aliases"]) for one in versions] == [("0.2", ["latest"]), ("0.1", [])]
     assert "latest/index.html" in (pages / "index.html").read_text()
+    assert (pages / ".nojekyll").is_file()
 
 
 def test_links_and_pictures_that_lead_nowhere_are_found(tmp_path, monkeypatch):
