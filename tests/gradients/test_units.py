@@ -154,3 +154,21 @@ def test_a_derivative_beyond_the_range_of_the_dtype_is_refused():
     torch.testing.assert_close(torch.autograd.grad(solved(x).sum(), x)[0], torch.ones(1, 2))
     with pytest.raises(ti.UnsupportedDerivativeError, match="beyond the range of"):
         torch.func.jvp(solved, (x.detach(),), (torch.ones(1, 2),))
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 300.0])
+def test_a_series_on_a_minimum_with_leaves_of_unlike_sizes_is_that_of_its_hessian(unit):
+    def energy(z: Any, x: Tensor) -> Tensor:
+        a, b = z
+        squares = a.square().sum(dim=1) + (b - unit).square().sum(dim=1)
+        return 0.5 * squares + 0.3 * (a * (b - unit)).sum(dim=1) - (a * x).sum(dim=1)
+
+    def slope(linear: Any) -> Tensor:
+        x = normal(BATCH, DIM, seed=2).requires_grad_()
+        start = (torch.zeros(BATCH, DIM, dtype=F64), torch.full((BATCH, DIM), unit, dtype=F64))
+        solution = ti.solve(ti.Minimum(energy), start, x, gradient=ti.Implicit(linear_solver=linear))
+        (g,) = torch.autograd.grad(solution.value[0].sin().sum() + solution.value[1].square().sum(), x)
+        assert solution.adjoint.converged.all()
+        return g
+
+    assert relative_error(slope(ti.Neumann(damping=0.9)), slope(ti.Dense())) < 1e-7

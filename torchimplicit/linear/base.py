@@ -75,6 +75,11 @@ class LinearSolver(ABC):
         """True if it takes a prescribed number of steps, regardless of the residual."""
         return False
 
+    @property
+    def by_spectrum(self) -> bool:
+        """Whether it converges only where the operator's eigenvalues lie in a certain region."""
+        return False
+
 
 class BlockSolver(LinearSolver):
     """A solver that is faster when it solves for several right-hand sides together."""

@@ -47,6 +47,10 @@ class Neumann(IterativeSolver):
     def truncated(self) -> bool:
         return self.rtol == 0 and self.atol == 0
 
+    @property
+    def by_spectrum(self) -> bool:
+        return True
+
     def _begin(self, operator: LinearOperator, b: Tensor) -> LinearSolution | Begun | None:
         apart = operator.restrict is not None or operator.null is not None  # rows may leave, or need a projection
         if self.truncated or apart or self.check_every > 1 or b.dtype != working_dtype(b.dtype):

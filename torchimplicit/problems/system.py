@@ -264,8 +264,10 @@ class System(ABC):
         """:meth:`solve_linear`, in units of the leaves' sizes where these differ much."""
         operator = self.operator(tape, transposed)
         # A shift is a multiple of the identity, a preconditioner approximates A, and a truncated series is a function
-        # of A, in the state's own units only.
+        # of A, in the state's own units only. Scaling a map's Jacobian, a similarity, keeps its eigenvalues, and scaling
+        # a Hessian, a congruence, does not.
         own_units = shift is not None or solver.preconditioned or solver.truncated
+        own_units = own_units or (operator.symmetric and solver.by_spectrum)
         size = None if own_units else self._leaf_sizes(tape.z)
         if size is None:
             return solve_any(solver, operator, b, shift)
