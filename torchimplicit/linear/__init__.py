@@ -7,6 +7,7 @@ from torchimplicit.linear.cycle import Method
 from torchimplicit.linear.dense import Dense
 from torchimplicit.linear.gmres import GMRES
 from torchimplicit.linear.iterative import IterativeSolver
+from torchimplicit.linear.kfac import KFAC
 from torchimplicit.linear.krylov_or_dense import KrylovOrDense
 from torchimplicit.linear.lsmr import LSMR
 from torchimplicit.linear.minres import MINRES
@@ -25,6 +26,7 @@ from torchimplicit.linear.reference import HessianMemory, ReferenceHessian
 __all__ = [
     "CG",
     "GMRES",
+    "KFAC",
     "LSMR",
     "MINRES",
     "BiCGStab",

@@ -200,7 +200,7 @@ class Factorized(Preconditioner):
         factor = self.factor.to(operator.device, working_dtype(operator.dtype))
         if factor.dim() == 2:
             _check_shape("Factorized(matrix)", factor[:1], operator, 1)
-            return _shared(lambda v: torch.cholesky_solve(v.T, factor).T)
+            return shared(lambda v: torch.cholesky_solve(v.T, factor).T)
         _check_shape("Factorized(matrix)", factor, operator, 2)
         return _factorized(factor)
 
@@ -294,5 +294,6 @@ def _factorized(factor: Tensor) -> PreparedPreconditioner:
     )
 
 
-def _shared(apply: Product) -> PreparedPreconditioner:
-    return PreparedPreconditioner(inverse=apply, transposed_inverse=apply, restrict=lambda rows: _shared(apply))
+def shared(apply: Product) -> PreparedPreconditioner:
+    """A symmetric inverse that all samples share."""
+    return PreparedPreconditioner(inverse=apply, transposed_inverse=apply, restrict=lambda rows: shared(apply))

@@ -264,8 +264,8 @@ class System(ABC):
         """:meth:`solve_linear`, in units of the leaves' sizes where these differ much."""
         operator = self.operator(tape, transposed)
         # A shift is a multiple of the identity, a preconditioner approximates A, and a truncated series is a function
-        # of A, in the state's own units only. Scaling a map's Jacobian, a similarity, keeps its eigenvalues, and scaling
-        # a Hessian, a congruence, does not.
+        # of A, in the state's own units only. Scaling keeps the eigenvalues of a map's Jacobian, by similarity, but not
+        # those of a Hessian, by congruence.
         own_units = shift is not None or solver.preconditioned or solver.truncated
         own_units = own_units or (operator.symmetric and solver.by_spectrum)
         size = None if own_units else self._leaf_sizes(tape.z)
