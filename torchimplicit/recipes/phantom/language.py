@@ -191,7 +191,7 @@ def python() -> LanguageConfig:
         tokenizer="characters",
         segment_length=64,
         optimization=Optimization(
-            steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=50, clip_norm=1.0, validate_every=100
+            steps=800, batch_size=16, learning_rate=2e-3, warmup_steps=50, clip_norm=1.0, validate_every=100
         ),
         equilibria=Equilibria(phantom_damping=0.8),
     )
