@@ -142,7 +142,8 @@ def media(path: Path, caption: str, folder: Path) -> Shown:
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """The bare ``<svg>`` element, without prologue or metadata, with ids that begin with ``name``."""
+    """The bare ``<svg>`` element in a box that scrolls, without prologue or metadata, with ids that begin with
+    ``name``."""
     import matplotlib
 
     plain_ticks(figure)
@@ -158,8 +159,9 @@ def svg(figure: Figure, name: str) -> Markup:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
-    head = f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">'
-    return Markup(re.sub(r"<svg[^>]*>", head, text, count=1))
+    # on a narrow screen a wide figure scrolls: letters of some five pixels are the smallest that can be read
+    head = f'<svg viewBox="0 0 {width} {height}" style="min-width:{0.6 * float(width):.0f}px" aria-hidden="true">'
+    return Markup('<div class="scroll">{}</div>').format(Markup(re.sub(r"<svg[^>]*>", head, text, count=1)))
 
 
 # -- One look for every picture: matplotlib's settings, colours, and a figure with axes --------------------------------
