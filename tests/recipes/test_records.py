@@ -31,7 +31,7 @@ def record_of(name):
 
 # What a record's runs did not hold when it was made: parts of the titles of sheets and columns, of claims and notes.
 LACKING = {
-    "jiio-inverse": ("Gradients at the trained weights", "The exact gradient, as in training"),
+    "jiio-inverse": ("gradients at the trained weights", "The exact gradient as in training"),
     "jiio-generation": ("by joint inference", "rae-"),
     "phantom-graphs": ("Cost of a step", "a step with a phantom gradient"),
     # it was rounded to five digits, and is rounded again

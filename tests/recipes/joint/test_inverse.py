@@ -136,8 +136,8 @@ def test_the_table_with_some_runs_and_with_none(tmp_path: Any) -> None:
     asked = jobs(config)[:2]
     runs = run_jobs(asked, tmp_path, lambda one: few(corruption=one.corruption, through=one.through))
     summary = TABLE.summarize(config, runs)
-    assert summary.claims[0].statement.startswith("The exact gradient, as in training")
-    assert [claim.statement.split(":")[0] for claim in summary.claims[1:]] == ["denoising"]
+    assert summary.claims[0].statement.startswith("The exact gradient as in training")
+    assert [claim.statement.split(":")[0] for claim in summary.claims[1:]] == ["Denoising"]
     assert [line[0] for line in summary.sheets[-1].table.rows] == ["denoising: exact", "denoising: first-order"]
     assert [d.name for d in summary.drawings] == ["denoising"]
     last = asked[-1]

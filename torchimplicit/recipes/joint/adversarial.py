@@ -537,6 +537,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The kinds of training images: a label and the settings of each."""
 
+TRAINED = {"clean": "on clean images", "pgd": "against PGD-10", "jiio": "against JIIO-20"}
+"""The kinds whose models are attacked, in a sentence."""
+
 PUBLISHED_STEPS = {"pgd": 20, "jiio": 80, "envelope": 80}
 """Steps of the adversaries in training at the paper's scale."""
 
@@ -646,11 +649,14 @@ def sheets(config: AdversarialTableConfig, runs: Runs) -> Iterator[TitledTable]:
             return f"{PUBLISHED[row][place]:.2f}" if row in PUBLISHED else table.NONE
 
         title, accuracy = "Clean" if attack == CLEAN else f"Under {attack}", f"attacks.{attack}.accuracy"
-        cells.append(Cell(title, runs.told(accuracy, 1, 100), "%", "Test accuracy, mean ± deviation over seeds."))
-        cells.append(Cell(f"{title}, published", published, "%"))
-    note = "Wall time, the median of a run; the machine was shared, so that it is rough."
+        cells.append(
+            Cell(title, runs.told(accuracy, 1, 100), "%", "Test accuracy, mean ± standard deviation over the seeds.")
+        )
+        told = "Published accuracy, of another model on MNIST."
+        cells.append(Cell(f"{title}, published", published, "%", told))
+    note = "Median wall time of a training step. Other programs ran on the machine, so that it is rough."
     cells.append(Cell("A training step", runs.told("costs.seconds", 0, 1e3), "ms", note))
-    yield table.sheet("Accuracy", ROWS, cells)
+    yield table.sheet("Test accuracy, clean and attacked", ROWS, cells)
     for row in ("clean", "jiio"):
         yield strength(runs.where(row=row), row)
 
@@ -664,23 +670,24 @@ def strength(runs: Runs, row: str) -> TitledTable:
         return lambda name: table.spread(of(runs, row, name, what), digits, scale)
 
     names = [name for name in first if name != CLEAN]
-    return table.sheet(f"Attacks on the model trained on {ROWS[row][0]}", names, [
+    return table.sheet(f"Strength and time of attacks on the model trained {TRAINED[row]}", names, [
         Cell("Attack", lambda name: name),
         Cell("Cross-entropy", told("cross_entropy", 3), "",
-             "On the test images, after an exact solve at the attacked images, as the accuracy is."),
-        Cell("Accuracy", told("accuracy", 1, 100), "%"),
-        Cell("Beside PGD-20's", lambda name: f"{ratio(runs, row, name, rival, 'cross_entropy'):.3f}", "",
-             "The cross-entropy over that of PGD-20."),
+             "Mean over the attacked test images, at an exact solve of their equilibria."),
+        Cell("Accuracy", told("accuracy", 1, 100), "%", "Accuracy at the same solve."),
+        Cell("Relative to PGD-20", lambda name: f"{ratio(runs, row, name, rival, 'cross_entropy'):.3f}", "",
+             "Cross-entropy divided by that of PGD-20."),
         Cell("Time", told("seconds", 0, 1e3), "ms",
-             "CPU time for all images at once, the median of repeats taken in turn; mean over seeds."),
-        Cell("PGD-20's over it", lambda name: f"{ratio(runs, row, rival, name, 'seconds'):.1f}", "×",
-             "Time of PGD-20 over this one's."),
+             "CPU time for all images at once: median of repeats that alternate between the attacks, mean over the "
+             "seeds."),
+        Cell("Speed-up over PGD-20", lambda name: f"{ratio(runs, row, rival, name, 'seconds'):.1f}", "×",
+             "Time of PGD-20 divided by that of the attack."),
         Cell("Evaluations", lambda name: f"{fmean(of(runs, row, name, 'evaluations')):.0f}", "",
              "Evaluations of the map plus products with its Jacobian, in whole-batch equivalents."),
         Cell("Step size", lambda name: f"{first[name]['step_size']:g}", "radii",
-             "Chosen on validation images, the first seed's."),
+             "Step size that was chosen on the validation images, for the first seed."),
         Cell("Tolerance", lambda name: f"{tolerance:g}" if (tolerance := first[name]["tolerance"]) else table.NONE, "",
-             "Tolerance of PGD's solves, chosen in the same way."),
+             "Tolerance of PGD's solves that was chosen in the same way."),
     ])  # fmt: skip
 
 
@@ -699,9 +706,11 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
         beside = {one: [(name, *against(runs, row, name, one)) for name in jiio] for one in rivals}
         for one, shown in beside.items():
             yield Claim(
-                f"On the model trained on {ROWS[row][0]}, JIIO attacks with at least 0.97 of the cross-entropy of "
-                f"{one}, at least 3 times as fast",
-                "; ".join(f"{name} has {strong:.3f} of it, {fast:.1f} times as fast" for name, strong, fast in shown),
+                f"On the model trained {TRAINED[row]}, JIIO reaches at least 0.97 of the cross-entropy of {one} and "
+                "is at least 3 times as fast",
+                "; ".join(
+                    f"{name} reaches {strong:.3f} of it and is {fast:.1f} times as fast" for name, strong, fast in shown
+                ),
                 any(strong >= 0.97 and fast >= 3 for _, strong, fast in shown),
             )
         strong, short = (
@@ -709,10 +718,10 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
             for each in (beside[rival], [(name, *against(runs, row, name, rival)) for name in pgd])
         )
         yield Claim(
-            "On the same model, the fastest JIIO of that strength is at least 3 times as fast as the fastest PGD of "
-            "that strength, those of few and long steps included",
-            f"{short[1]} is {short[0]:.1f} times as fast as {rival}, and {strong[1]} {strong[0]:.1f} times: "
-            f"{strong[0] / short[0]:.1f} times",
+            f"On the model trained {TRAINED[row]}, the fastest JIIO of that strength is at least 3 times as fast as "
+            "the fastest PGD of that strength, which may take few and long steps",
+            f"{short[1]} is {short[0]:.1f} times as fast as {rival}, {strong[1]} is {strong[0]:.1f} times as fast as "
+            f"{rival}: a ratio of {strong[0] / short[0]:.1f}",
             strong[0] >= 3 * short[0],
         )
     if pairs := runs.couples("pgd", "jiio"):
@@ -721,10 +730,11 @@ def claims(config: AdversarialTableConfig, runs: Runs) -> Iterator[Claim]:
             for attack in (CLEAN, rival, kind.strongest("JIIO"))
         }
         costs = [fmean(pair[i]["costs.seconds"] for pair in pairs if pair[i]["costs"]) for i in (0, 1)]
-        words = ", ".join(f"{attack} {value:+.1f} points" for attack, value in differences.items())
+        words = ", ".join(f"{attack}: {value:+.1f} points" for attack, value in differences.items())
         yield Claim(
-            "Trained against JIIO, the model is as robust as against PGD-10, to a point, in less time",
-            f"{words}; a step takes {costs[0] / costs[1]:.1f} times less time",
+            "A model trained against JIIO is at most one point less accurate than one trained against PGD-10, on clean "
+            "images and under both attacks, and takes less time to train",
+            f"{words}; a training step is {costs[0] / costs[1]:.1f} times as fast",
             min(differences.values()) >= -1 and costs[1] < costs[0],
         )
 
@@ -733,43 +743,49 @@ def protocol(config: AdversarialTableConfig, runs: Runs) -> str:
     """Describe what was run, and how the figures were selected."""
     kind = attacked(config, "jiio", 0)
     one, sizes, tolerances = kind.training, kind.step_sizes, kind.tolerances
-    kind_of = "a dense model" if config.data == "digits" else "a convolutional model"
+    kind_of = "A dense model" if config.data == "digits" else "A convolutional model"
     model = f"{kind_of} tanh(Wz + Ux + b) of {one.channels} channels with a bound of {one.bound:g} on the norm of W"
     if config.model == "mdeq":
-        model = f"a multiscale model (MDEQ) with two branches of {one.channels} channels"
+        model = f"A multiscale model (MDEQ) with two branches of {one.channels} channels"
     norm = "2-norm" if one.norm == "l2" else "maximum norm"
+    seeds = f"{config.plan.seeds} seed{'s' * (config.plan.seeds > 1)}"
     return (
-        f"{config.data}, {model}; balls of radius {one.radius:g} in the {norm}, within pixels in [0, 1]. "
-        f"{one.optimization.steps} steps of Adam on batches of {one.optimization.batch_size}; the weights are those of "
-        f"the best validation accuracy under the attack that was trained against; {config.plan.seeds} seeds. Attacks "
-        f"have the step size of most cross-entropy on {kind.tuning_images} validation images, of "
-        f"{', '.join(f'{s:g}' for s in sizes)} radii; PGD's solves begin at the last step's, and have the loosest "
-        f"tolerance, of {', '.join(f'{t:g}' for t in tolerances)}, that keeps {100 * (1 - kind.tolerated):g} % of its "
-        "cross-entropy. JIIO is not accelerated, and it is damped as published or not; the steps of both stay or fall "
-        f"to a fifth of a radius, whichever is strongest. {AS_PUBLISHED}: cold solves of 18 Broyden steps to 1e-5, 20 "
-        f"products for every adjoint, steps of 0.6 radii, by the authors' code. "
-        f"{kind.attacked_images} test images at most, in eval mode; each attack timed {kind.repeats} times, in turn."
+        f"{model} classifies images of {config.data}. Attacks change an image within a ball of radius {one.radius:g} "
+        f"in the {norm}, with pixels kept in [0, 1]. Each model was trained with {seeds}, for "
+        f"{one.optimization.steps} steps of Adam on batches of {one.optimization.batch_size} images; the weights with "
+        "the best validation accuracy under the attack that was trained against were tested. The step size of each "
+        f"attack is the one of {', '.join(f'{s:g}' for s in sizes)} radii with the largest cross-entropy on "
+        f"{kind.tuning_images} validation images. PGD's solves begin at the equilibrium of the previous step, with the "
+        f"loosest tolerance of {', '.join(f'{t:g}' for t in tolerances)} that keeps {100 * (1 - kind.tolerated):g} % "
+        "of its cross-entropy. JIIO is not accelerated. Its damping is the published one or none, and the step sizes "
+        "of both attacks stay constant or fall to a fifth of a radius: the strongest choice is taken. "
+        f"'{AS_PUBLISHED}' follows the authors' code: solves from zero of 18 Broyden steps to a tolerance of 1e-5, 20 "
+        "products for every adjoint, and steps of 0.6 radii. Attacks were tested on at most "
+        f"{kind.attacked_images} test images, in evaluation mode, and each was timed {kind.repeats} times, in "
+        "alternation with the others."
     )
 
 
 def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     if config.data == "digits":
-        yield "8×8 digits and one minute of training a row: compare rows with each other only."
+        yield "The images are 8×8 digits and a model trains for about a minute: compare rows with each other only."
     if config.plan.scale == "paper":
         yield "The images, the steps and the adversaries' lengths are as published; the model and the radius are not."
     yield (
-        "The published rows are of MNIST and of another model; its time for PGD-20 is 4360 ms and for JIIO-80 1401 ms."
+        "The published figures are those of another model on MNIST, which takes 4360 ms for PGD-20 and 1401 ms for "
+        "JIIO-80."
     )
     yield (
-        "Since attack and training are one minimum over maximum, the weights' gradient at the strongest change is that "
-        "of the loss with the change held fixed (Danskin's theorem). By default it is taken at an exact solve, which "
-        "begins at JIIO's state and costs a few evaluations: it is right for the change whatever the attack's own "
-        "residual. The row named envelope takes state and adjoint as JIIO leaves them, with no further solve; its "
-        "gradient is exact only so far as JIIO has converged."
+        "Adversarial training minimizes over the weights a maximum over changes of the image, so that the gradient at "
+        "the strongest change is that of the loss with the change held fixed (Danskin's theorem). By default it is "
+        "taken at an exact solve, which begins at JIIO's state and costs a few evaluations; it is then exact for the "
+        "change that was found, even where the attack has not converged. The row named envelope takes state and "
+        "adjoint as JIIO leaves them, without a further solve; its gradient is exact only as far as JIIO has "
+        "converged."
     )
     yield (
-        "Accelerated by Anderson's method, JIIO finds weaker attacks here, even with the safeguard by the cost: "
+        "JIIO that is accelerated by Anderson's method finds weaker attacks here, even with the safeguard by the cost: "
         "the problem is not convex, and acceleration finds other stationary points."
     )
     clean = runs.where(row="clean")
@@ -780,16 +796,16 @@ def notes(config: AdversarialTableConfig, runs: Runs) -> Iterator[str]:
             if name.startswith(("PGD", "JIIO"))
         }
         yield (
-            "Where the time goes, on the model trained on clean images, in evaluations of the map plus products with "
-            f"its Jacobian: {', '.join(f'{name} {count:.0f}' for name, count in counts.items())}. The published ratio "
-            "is against cold solves that run their budget out; warm and loose ones take a few evaluations each. The "
-            "code before and after the equilibrium runs, forward and backward, in every joint step, but in PGD once "
-            "per solve."
+            "Evaluations of the map plus products with its Jacobian, on the model trained on clean images: "
+            f"{', '.join(f'{name} {count:.0f}' for name, count in counts.items())}. The published ratio compares JIIO "
+            "with solves that begin at zero and use up their step budgets; loose solves that begin at the previous "
+            "equilibrium take a few evaluations each. The layers before and after the equilibrium run forward and "
+            "backward in every joint step, but only once per solve in PGD."
         )
     yield (
-        "PGD whose steps are longer than the radius jumps from boundary to boundary, and where the ball is small is "
-        "close to its final strength after a few of them: beside that, rather than beside PGD-20, JIIO gains less "
-        "time or none, as the claims on the fastest PGD say."
+        "PGD with steps longer than the radius jumps from boundary to boundary, and is close to its final strength "
+        "after a few of them where the ball is small. Compared with such a PGD instead of PGD-20, JIIO saves less time "
+        "or none, as the claims about the fastest PGD show."
     )
 
 
@@ -808,13 +824,13 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
             panel.plot(times, strong, label=label, **style(index))
             for n, x, y in zip(names, times, strong, strict=True):
                 panel.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7.5)
-        panel.set(xlabel="CPU time, ms", ylabel="cross-entropy", title=f"trained on {ROWS[row][0]}")
+        panel.set(xlabel="CPU time, ms", ylabel="cross-entropy", title=f"trained {TRAINED[row]}")
         panel.legend()
     yield CaptionedFigure(
         "strength",
         figure,
-        "The attacks' strength, after an exact solve, against the time for all test images; the numbers are steps. "
-        "Means over the seeds.",
+        "Cross-entropy of the attacked test images at an exact solve, against the time of the attack on all of them. "
+        "Numbers beside the points are numbers of steps; all figures are means over the seeds.",
     )
     lines = []
     for row in ("clean", "jiio"):
@@ -832,12 +848,12 @@ def drawings(config: AdversarialTableConfig, runs: Runs, folders: Mapping[str, R
             ax.set(xticks=[], yticks=[])
             ax.grid(visible=False)
             ax.set_title(str(int(answer)), fontsize=8, pad=2)
-        axs[0].set_ylabel(f"trained on\n{ROWS[row][0]}\n{name}", fontsize=7, rotation=0, ha="right", va="center")
+        axs[0].set_ylabel(f"trained\n{TRAINED[row]}\n{name}", fontsize=7, rotation=0, ha="right", va="center")
     yield CaptionedFigure(
         "pictures",
         figure,
-        "Test images as they are and attacked, with what the model takes each for: one trained on clean images, and "
-        "one against JIIO. The first seed.",
+        "Clean and attacked test images, with the class that the model predicts above each: a model trained on clean "
+        "images and one trained against JIIO, with the first seed.",
     )
 
 
@@ -845,5 +861,5 @@ TABLE = table.published(
     globals(),
     title="Adversarial training by joint inference",
     source="Gurumurthy, Bai, Manchester, Kolter 2021, Joint inference and input optimization in equilibrium "
-    "networks: Table 5 (MNIST), and the attack's time against projected gradient ascent.",
+    "networks: Table 5 (MNIST), and the comparison of the attack's time with projected gradient ascent.",
 )

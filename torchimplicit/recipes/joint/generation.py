@@ -789,8 +789,8 @@ class Overtaking:
     """The cheapest joint solve whose loss is at most that of a nested one.
 
     Attributes:
-        steps, seconds: its number of steps, and its time.
-        ratio: the nested one's time over its.
+        steps, seconds: number of steps and time of the joint solve.
+        ratio: time of the nested optimization divided by that of the joint solve.
     """
 
     steps: int
@@ -819,32 +819,35 @@ def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[TitledTable]:
     def there(line: Any) -> list[Overtaking]:
         return [better for better in line[4] if better]
 
-    yield table.sheet("To the same loss", lines, [
+    yield table.sheet("Time to the same loss: nested optimization and joint inference", lines, [
         Cell("Nested", lambda line: f"{NAMES[line[0]]}: {LABELS[line[1]]}"),
-        Cell("Steps", lambda line: str(line[2])),
-        Cell("Its loss", lambda line: spread([at(c, line[1], line[2])[1] for c in line[3]], 5), "",
-             "mean ± sd over seeds"),
-        Cell("Its time", lambda line: spread([at(c, line[1], line[2])[0] for c in line[3]], 0, 1000), "ms"),
+        Cell("Nested steps", lambda line: str(line[2]), "", "Steps of the optimizer of the latent."),
+        Cell("Nested loss", lambda line: spread([at(c, line[1], line[2])[1] for c in line[3]], 5), "",
+             "Loss after an exact solve: mean ± standard deviation over the seeds."),
+        Cell("Nested time", lambda line: spread([at(c, line[1], line[2])[0] for c in line[3]], 0, 1000), "ms",
+             "CPU time of the nested optimization."),
         Cell("Joint steps",
              lambda line: ", ".join(str(b.steps) if b else table.NONE for b in line[4]) or table.NONE, "",
-             "of the cheapest joint solve with the same loss or a lower one, each seed"),
-        Cell("Its time", lambda line: spread([b.seconds for b in there(line)], 0, 1000), "ms", "of that joint solve"),
+             "Steps of the cheapest joint solve with the same loss or a lower one, for every seed."),
+        Cell("Joint time", lambda line: spread([b.seconds for b in there(line)], 0, 1000), "ms",
+             "CPU time of that joint solve."),
         Cell("Ratio", lambda line: spread([b.ratio for b in there(line)], 1), "×",
-             "nested time over joint time to the same loss or a lower one, mean ± sd over seeds"),
+             "Nested time divided by joint time: mean ± standard deviation over the seeds."),
         Cell("Ratio at as many steps",
              lambda line: spread([at(c, line[1], line[2])[0] / at(c, JOINT, line[2])[0] for c in line[3]], 1), "×",
-             "both with so many steps; published for 40: 8.9, rivals timed in train mode"),
+             "Nested time divided by joint time when both take as many steps. Published for 40 steps, with the rivals "
+             "in training mode: 8.9."),
     ])  # fmt: skip
     points = [
         (size, n, [at(one, JOINT, n) for one in each])
         for size, each in timed(runs).items()
         for n in sorted({p["steps"] for one in each for p in one["points"] if p["method"] == JOINT})
     ]
-    yield table.sheet("Joint inference", points, [
+    yield table.sheet("Loss and time of joint inference by its number of steps", points, [
         Cell("Joint steps", lambda point: f"{NAMES[point[0]]}: {point[1]}"),
         Cell("Loss", lambda point: spread([loss for _, loss in point[2]], 5), "",
-             "after an exact solve, mean ± sd over seeds"),
-        Cell("Time", lambda point: spread([seconds for seconds, _ in point[2]], 0, 1000), "ms", "CPU"),
+             "Loss after an exact solve: mean ± standard deviation over the seeds."),
+        Cell("Time", lambda point: spread([seconds for seconds, _ in point[2]], 0, 1000), "ms", "CPU time."),
     ])  # fmt: skip
     floors = [line["generated.floor"] for model in MODELS for line in runs.where(row=model) if line["generated"]]
     images = "training images"
@@ -853,19 +856,24 @@ def sheets(config: JiioGenerationConfig, runs: Runs) -> Iterator[TitledTable]:
         return runs.told(f"generated.{figure}", 3)
 
     there_are = [model for model in MODELS if model in MODELS[:3] or runs.where(row=model)]
-    yield table.sheet("Images", [*there_are, images], [
+    yield table.sheet("Reconstructed and new images", [*there_are, images], [
         Cell("Model", lambda row: NAMES.get(row, row)),
         Cell("Reconstruction", runs.told("test.mse", 5), "",
-             "mean squared error of a pixel on the test images, after an exact solve"),
-        Cell("Its decoder, by joint inference", runs.told("generated.joint_mse", 5), "",
-             "the same, with latents by joint inference in place of the encoder's"),
+             "Mean squared error per pixel on the test images, after an exact solve."),
+        Cell("Reconstruction by joint inference", runs.told("generated.joint_mse", 5), "",
+             "Mean squared error per pixel of an autoencoder's decoder with latents that joint inference finds instead "
+             "of the encoder."),
         Cell("Fréchet, new images", lambda row: spread(floors[:1], 3) if row == images else distance("mixture")(row),
-             "", "latents from a Gaussian mixture fitted on the training images' latents"),
-        Cell("Fréchet, one Gaussian", distance("gaussian"), "", "new images from one Gaussian"),
-        Cell("Fréchet, prior", distance("prior"), "", "latents from the autoencoder's own prior"),
-        Cell("Fréchet, reconstructions", distance("reconstructions")),
+             "", "Fréchet distance of images whose latents are drawn from a Gaussian mixture that is fitted to the "
+             "training images' latents."),
+        Cell("Fréchet, one Gaussian", distance("gaussian"), "",
+             "Fréchet distance of images whose latents are drawn from one fitted Gaussian."),
+        Cell("Fréchet, prior", distance("prior"), "",
+             "Fréchet distance of images whose latents are drawn from the autoencoder's prior."),
+        Cell("Fréchet, reconstructions", distance("reconstructions"), "",
+             "Fréchet distance of the reconstructed test images."),
         Cell("FID published", lambda row: " / ".join(f"{v:.2f}" for v in PUBLISHED_FID.get(row, ())) or table.NONE, "",
-             "new images / reconstructions, CelebA: another metric, on other images"),
+             "Published FID of new images / reconstructions on CelebA, which is another metric on other images."),
     ])  # fmt: skip
 
 
@@ -879,16 +887,17 @@ def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
             published = [overtaking(one, "adam-published", LONGEST) for one in each]
             times = [b.ratio for b in published if b is not None]
             yield Claim(
-                f"{NAMES[size]}: at least 9 times less CPU time than Adam with {LONGEST} steps run as published",
-                f"{spread(times)} times; {len(times)} of {len(published)} seeds get there",
+                f"{NAMES[size]}: Adam with {LONGEST} steps, run as published, takes at least 9 times as much CPU time "
+                "as joint inference to the same loss or a lower one",
+                f"{spread(times)} times as much; {len(times)} of {len(published)} seeds reach the loss",
                 len(times) == len(published) and fmean(times) >= 9,
             )
         for aim in AIMS:
             yield Claim(
-                f"{NAMES[size]}: to the same loss as Adam with {LONGEST} steps or a lower one, at least {aim:g} times "
-                "less CPU time",
-                f"{spread(ratios)} times ({', '.join(f'{ratio:.1f}' for ratio in ratios)}; "
-                f"{len(ratios)} of {len(better)} seeds get there)",
+                f"{NAMES[size]}: Adam with {LONGEST} steps takes at least {aim:g} times as much CPU time as joint "
+                "inference to the same loss or a lower one",
+                f"{spread(ratios)} times as much ({', '.join(f'{ratio:.1f}' for ratio in ratios)}); "
+                f"{len(ratios)} of {len(better)} seeds reach the loss",
                 len(ratios) == len(better) and fmean(ratios) >= aim,
             )
         losses = {m: [at(one, m, LONGEST)[1] for one in each] for m in methods(each)}
@@ -906,8 +915,8 @@ def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
         ):
             ours = runs.of("jiio", f"generated.{what}")
             yield Claim(
-                f"Fréchet distance of {images} no larger than the autoencoder's",
-                f"{spread(ours, 3)} and {spread(theirs, 3)}",
+                f"The Fréchet distance of {images} is no larger than the autoencoder's",
+                f"{spread(ours, 3)} against {spread(theirs, 3)}",
                 fmean(ours) <= fmean(theirs),
             )
 
@@ -916,7 +925,8 @@ def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
     if all(best.values()) and all(rivals.values()):
         words = ", ".join(f"{NAMES[model]} {spread(values, 5)}" for model, values in {**best, **rivals}.items())  # type: ignore[index]
         yield Claim(
-            "A decoder without an encoder, trained as many steps, reconstructs no worse than an autoencoder",
+            "A decoder without an encoder, trained for as many steps as the autoencoders, reconstructs no worse than "
+            "they do",
             words,
             fmean(best["long"]) <= min(map(fmean, rivals.values())),
         )
@@ -924,8 +934,8 @@ def claims(config: JiioGenerationConfig, runs: Runs) -> Iterator[Claim]:
         if jointly := runs.of(model, "generated.joint_mse"):
             coded = runs.of(model, "test.mse")
             yield Claim(
-                f"{NAMES[model]}: latents by joint inference reconstruct better than its encoder's",
-                f"{spread(jointly, 5)} and {spread(coded, 5)}",
+                f"{NAMES[model]}: latents found by joint inference reconstruct better than those of its encoder",
+                f"{spread(jointly, 5)} against {spread(coded, 5)}",
                 fmean(jointly) < fmean(coded),
             )
 
@@ -935,30 +945,31 @@ def protocol(config: JiioGenerationConfig, runs: Runs) -> str:
     usual, wide = (training(config, model, config.plan.first_seed) for model in SIZES)
     small, large = usual.decoder, wide.decoder
     if small.kind == "mlp":
-        sizes = f"a state of {small.width}, in the wider one {large.width}"
+        sizes = f"a state of {small.width} entries, or {large.width} in the wider one"
     else:
-        sizes = f"{small.channels} channels, in the wider one {large.channels}"
+        sizes = f"{small.channels} channels, or {large.channels} in the wider one"
     return (
-        f"{config.data}; {small.kind} equilibrium decoder, latent {small.latent}, {sizes}; "
-        f"Adam, rate {usual.optimization.learning_rate:g} (wider: a third), {usual.optimization.steps} steps of "
-        f"{usual.optimization.batch_size} images, each with a joint solve of {usual.joint.joint_steps} steps "
-        f"(Anderson, memory {usual.joint.joint_memory}, regularization {usual.joint.joint_regularization:g}; the loss "
-        "a sum over pixels, as published, step sizes as for their mean) and the gradient of the envelope theorem; the "
-        "weights with the least validation error are tested. The autoencoder has the same equilibrium decoder, an "
-        f"encoder with one hidden layer of {usual.encoder_width}, the exact implicit gradient, and {LONGER} times as "
-        f"many steps, which take about as long. Time: {usual.curve_images} test images at the trained weights, eval "
-        f"mode, one thread, CPU time of the process, median of {usual.curve_repeats} repeats in which all take turns; "
-        "both start from zero. Nested optimization starts every equilibrium solve from the last one, by plain "
-        "iteration, and solves the adjoint system by GMRES; its step size and its tolerance (the loosest that costs at "
-        "most 1 % of the loss), and the step size and damping of the joint solve, are tuned on validation images for "
-        "every seed. The loss is always that of an exact equilibrium at the latents found."
+        f"Equilibrium decoders ({small.kind}) with {small.latent} latents and {sizes} reconstruct images of "
+        f"{config.data}. Training takes {usual.optimization.steps} steps of Adam on {usual.optimization.batch_size} "
+        f"images, at rate {usual.optimization.learning_rate:g} or a third of it for the wider decoder. Each has a "
+        f"joint solve of {usual.joint.joint_steps} steps by Anderson's method (memory {usual.joint.joint_memory}, "
+        f"regularization {usual.joint.joint_regularization:g}) and the gradient of the envelope theorem; the loss is a "
+        "sum over pixels, as published, with step sizes as for their mean. The weights with the least validation error "
+        "are tested. The autoencoder has an equally large equilibrium decoder, an encoder with one hidden layer of "
+        f"{usual.encoder_width} units, the exact implicit gradient, and {LONGER} times as many steps, which take about "
+        f"as long. Times are CPU times of the process for {usual.curve_images} test images at the trained weights, in "
+        f"evaluation mode with one thread: the median of {usual.curve_repeats} repeats that alternate between the "
+        "methods, all of which start from zero. Nested optimization starts every equilibrium solve at the previous "
+        "equilibrium, by plain iteration, and solves the adjoint system by GMRES. Its step size and its tolerance (the "
+        "loosest that costs at most 1 % of the loss), and the step size and damping of the joint solve, are tuned on "
+        "validation images for every seed. The loss is always that of an exact equilibrium at the latents found."
     )
 
 
 def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     accuracies = [a for model in MODELS for a in runs.of(model, "generated.accuracy")]
-    right = f" ({100 * accuracies[0]:.1f} % right on the test images)" if accuracies else ""
+    right = f" ({100 * accuracies[0]:.1f} % accurate on the test images)" if accuracies else ""
     yield (
         "The Fréchet distance is that of FID's formula in the 32 features of a small classifier trained here on the "
         f"same training images{right}: it compares the models of this page with each other, not with published FIDs."
@@ -975,9 +986,9 @@ def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
             "ten), which is more than the models differ: the comparison of new images is undecided."
         )
     yield (
-        "Published: 7659 ms for Adam with 40 steps, 862 ms for 40 joint steps, 2156 ms for 100, a multiscale model on "
-        "CelebA, with the nested optimizer in train mode; here all run in eval mode, "
-        "the nested optimizer's equilibria start from the last ones, and their tolerance is tuned."
+        "The published times are 7659 ms for Adam with 40 steps, 862 ms for 40 joint steps and 2156 ms for 100, for a "
+        "multiscale model on CelebA with the nested optimizer in training mode. Here all methods run in evaluation "
+        "mode, the nested optimizer's solves start at the previous equilibria, and their tolerance is tuned."
     )
     yield (
         "Nested optimization with the one-step gradient is cheaper and not exact; gradient descent with a tuned step "
@@ -989,7 +1000,7 @@ def notes(config: JiioGenerationConfig, runs: Runs) -> Iterator[str]:
             + ", ".join(f"{LABELS[m]} {c['rates'][m]:g} at {c['tolerances'][m]:g}" for m in LABELS if m in c["rates"])
             for c in each
         )
-        yield f"{NAMES[size]}, tuned on validation images, seed by seed (step size at tolerance): {tuned}."
+        yield f"{NAMES[size]}: values tuned on validation images for every seed (step size at tolerance) are {tuned}."
     yield from table.missing(jobs(config), runs)
 
 
@@ -999,13 +1010,16 @@ def drawings(config: JiioGenerationConfig, runs: Runs, folders: Mapping[str, Run
         yield CaptionedFigure(
             f"curves-{size}",
             against_time(each),
-            f"{NAMES[size]}: loss of a batch of {training(config, size, 0).curve_images} test images against CPU time, "
-            "after an exact solve at the latents found; means over seeds (faint: each seed). Numbers are steps.",
+            f"{NAMES[size]}: loss of {training(config, size, 0).curve_images} test images after an exact solve at the "
+            "latents found, against CPU time. Lines are means over the seeds, faint lines single seeds; numbers beside "
+            "the points are numbers of steps.",
         )
     for model in ("jiio", "vae"):
         several = (read_pictures(folders[line.name]) for line in runs.where(row=model))
         if (pictures := next((one for one in several if one is not None), None)) is not None:
-            yield CaptionedFigure(f"images-{model}", grid(pictures), f"{NAMES[model]}: {config.data}, not selected.")
+            yield CaptionedFigure(
+                f"images-{model}", grid(pictures), f"{NAMES[model]}: images of {config.data}, not chosen by hand."
+            )
 
 
 def against_time(curves: Sequence[Points]) -> Figure:

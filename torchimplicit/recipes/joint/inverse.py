@@ -276,8 +276,8 @@ class Gradients:
     adjoint problems: cosines and ratios of norms.
 
     Attributes:
-        exact, exact_length: of the exact one as in training.
-        first_order, first_order_length: of the first-order one as in training.
+        exact, exact_length: cosine and ratio of the exact gradient as in training.
+        first_order, first_order_length: cosine and ratio of the first-order gradient as in training.
     """
 
     exact: float
@@ -332,7 +332,7 @@ class Row:
     Attributes:
         label: label to display.
         through: which gradient.
-        prior: the weight of the latent's prior to begin with, over the recipe's.
+        prior: initial weight of the latent's prior, divided by the recipe's.
     """
 
     label: str
@@ -424,30 +424,36 @@ def sheets(config: JiioInverseConfig, runs: Runs) -> Iterator[TitledTable]:
         def counted(row: str, here: Runs = here) -> str:
             return str(len(here.where(row=row)))
 
-        yield table.sheet(corruption.capitalize(), ROWS, [
+        yield table.sheet(f"{corruption.capitalize()}: restoration of test images", ROWS, [
             Cell[str]("Gradient", lambda row: ROWS[row].label),
             Cell("Error", here.told("test.mse", 2, 1e3), "1e-3",
-                 "mean squared error of a pixel to the clean test images, mean ± sd over seeds"),
-            Cell("PSNR", here.told("test.psnr", 2), "dB"),
-            Cell("Before", here.told("test.mse_before", 1, 1e3), "1e-3", "error of the corrupted images themselves"),
-            Cell("Over first-order", over, "", "error over that of the first-order gradient, mean over seeds"),
+                 "Mean squared error per pixel on the test images: mean ± standard deviation over the seeds."),
+            Cell("PSNR", here.told("test.psnr", 2), "dB", "Peak signal-to-noise ratio at that error."),
+            Cell("Before", here.told("test.mse_before", 1, 1e3), "1e-3",
+                 "Mean squared error per pixel of the corrupted images."),
+            Cell("Relative to first-order", over, "",
+                 "Error divided by that with the first-order gradient and the same seed: mean ± standard deviation."),
             Cell("Prior", here.told("test.prior", 2, 1e3), "1e-3",
-                 "weight on the latent's mean square that was learned, or kept"),
-            Cell("Training", here.told("seconds", 0), "s", "of all steps"),
-            Cell("Seeds", counted),
+                 "Weight on the latent's mean square at the end of training; the exact gradient alone learns it."),
+            Cell("Training", here.told("seconds", 0), "s", "Wall time of all training steps."),
+            Cell("Seeds", counted, "", "Runs that finished."),
         ])  # fmt: skip
 
     def compared(figure: str) -> Any:
         return lambda pair: table.spread(runs.where(corruption=pair[0]).of(pair[1], f"gradients.{figure}"), 3)
 
     known = [(c, row) for c in CORRUPTIONS for row in ROWS if runs.where(corruption=c).of(row, "gradients.exact")]
-    yield table.sheet("Gradients at the trained weights", known, [
-        Cell("Trained", lambda pair: f"{pair[0]}: {ROWS[pair[1]].label}"),
+    yield table.sheet("Accuracy of the gradients at the trained weights", known, [
+        Cell("Problem and gradient of training", lambda pair: f"{pair[0]}: {ROWS[pair[1]].label}"),
         Cell("Exact, cosine", compared("exact"), "",
-             "with the gradient of tight joint and adjoint solves, at the weights"),
-        Cell("Its length", compared("exact_length"), "", "over that one's"),
-        Cell("First-order, cosine", compared("first_order"), "", "the same of the first-order gradient"),
-        Cell("Its length", compared("first_order_length"), "", "over that one's"),
+             "Cosine between the exact gradient as in training and the reference, the gradient of tight joint and "
+             "adjoint solves."),
+        Cell("Exact, length", compared("exact_length"), "",
+             "Norm of the exact gradient as in training, divided by that of the reference."),
+        Cell("First-order, cosine", compared("first_order"), "",
+             "Cosine between the first-order gradient and the reference."),
+        Cell("First-order, length", compared("first_order_length"), "",
+             "Norm of the first-order gradient, divided by that of the reference."),
     ])  # fmt: skip
 
 
@@ -457,9 +463,9 @@ def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
     if exact:
         right, rough = (exact.column(f"gradients.{name}") for name in ("exact", "first_order"))
         yield Claim(
-            "The exact gradient, as in training, has a cosine of at least 0.95 with that of tight solves, at the "
-            "weights that it has trained",
-            f"{table.spread(right, 3)}; the first-order one {table.spread(rough, 3)}",
+            "The exact gradient as in training has a cosine of at least 0.95 with the gradient of tight solves, at "
+            "weights that were trained with it",
+            f"the exact gradient has {table.spread(right, 3)}, the first-order gradient {table.spread(rough, 3)}",
             min(right) >= 0.95,
         )
     for corruption in CORRUPTIONS:
@@ -469,9 +475,9 @@ def claims(config: JiioInverseConfig, runs: Runs) -> Iterator[Claim]:
                 continue
             error = stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
             yield Claim(
-                f"{corruption}: the error of '{ROWS[row].label}' is below that of '{ROWS[other].label}', by more than "
-                "two standard errors over seeds",
-                f"{fmean(ratios):.3f} times its error, ± {error:.3f}",
+                f"{corruption.capitalize()}: the error of the row '{ROWS[row].label}' is below that of the row "
+                f"'{ROWS[other].label}' by more than two standard errors over the seeds",
+                f"the errors have a ratio of {fmean(ratios):.3f} ± {error:.3f}",
                 len(ratios) > 1 and fmean(ratios) + 2 * error < 1,
             )
 
@@ -480,35 +486,37 @@ def protocol(config: JiioInverseConfig, runs: Runs) -> str:
     """Describe what was run, and how the figures were selected."""
     usual = training(config, "denoising", ROWS["exact"], config.plan.first_seed)
     return (
-        f"{config.data}; {usual.decoder.kind} equilibrium decoder, latent {usual.decoder.latent}; Adam, "
-        f"{usual.optimization.steps} steps of {usual.optimization.batch_size} images. The inner loss fits the latent "
-        "to the corrupted image where it is seen, with a weight on the latent's square; the outer loss is the squared "
-        "error of the decoder's image to the clean one. Denoising: Gaussian noise of standard deviation "
-        f"{usual.noise:g}. Inpainting: a missing square with {100 * usual.missing:.0f} % of the side, anywhere. "
-        f"{usual.joint.joint_steps} joint steps in training, {usual.joint.test_steps} in tests, and an exact solve "
-        "of the equilibrium. exact: the adjoint of the whole joint map (GMRES, relative "
-        f"{usual.equilibria.backward_tolerance:g}, {usual.equilibria.backward_steps} products at most), which also "
-        "learns the weight on the latent. first-order: the latent taken as a constant. The weights with the least "
-        "validation error are tested."
+        f"A {usual.decoder.kind} equilibrium decoder with {usual.decoder.latent} latents restores images of "
+        f"{config.data}; it is trained by {usual.optimization.steps} steps of Adam on batches of "
+        f"{usual.optimization.batch_size} images. The inner loss fits the latent to the visible pixels of the "
+        "corrupted image, with a weight on the latent's square; the outer loss is the squared error between the "
+        "decoder's image and the clean one. Denoising removes Gaussian noise of standard deviation "
+        f"{usual.noise:g}. Inpainting fills a missing square with {100 * usual.missing:.0f} % of the image's side, at "
+        f"a random place. Joint solves take {usual.joint.joint_steps} steps in training and {usual.joint.test_steps} "
+        "in tests, which end with an exact solve of the equilibrium. The exact gradient solves the adjoint of the "
+        f"whole joint map (GMRES to a relative tolerance of {usual.equilibria.backward_tolerance:g}, at most "
+        f"{usual.equilibria.backward_steps} products) and also learns the weight on the latent. The first-order "
+        "gradient takes the latent as a constant. The weights with the least validation error are tested."
     )
 
 
 def notes(config: JiioInverseConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     yield (
-        "The published figures are of another model and other images, and of the first-order gradient, which the "
-        "published code takes here: nothing here compares with them, and none are quoted."
+        "No published figures are quoted: they were found with another model, other images and the first-order "
+        "gradient, which the published code takes here, and do not compare with these."
     )
     yield (
-        "The first-order gradient leaves out how the latent answers to the weights: the last sheet shows how far that "
-        "turns it. An earlier run of this table, with a thirtieth of the prior's weight, a mean over pixels instead of "
-        "a sum and 100 steps, found no gain from the exact gradient: with so weak a prior the joint solves of a fresh "
-        "decoder do not converge in training's steps, and a gradient is exact only at a solution."
+        "The first-order gradient leaves out how the latent depends on the weights; the last table shows how far that "
+        "turns it. An earlier run with a thirtieth of the prior's weight, a mean over pixels instead of a sum, and 100 "
+        "steps found no gain from the exact gradient: with so weak a prior the joint solves of an untrained decoder do "
+        "not converge in the steps of training, and the gradient is exact only at a solution."
     )
     yield (
-        "Training is short: what is compared is where each gradient has come to, not where it would end. The weight on "
-        "the latent is learned by the exact gradient alone, in logarithm and ten times as fast as the other weights; "
-        "the default to begin with was found by trials on these digits, which the rows of a third of it have not seen."
+        "Training is short, so that the table compares errors after equally many steps, not at convergence. The weight "
+        "on the latent is learned by the exact gradient alone, in logarithm and at ten times the learning rate of the "
+        "other weights. Its initial value was chosen by trials on these digits, but not for the rows with a third of "
+        "it."
     )
     yield from table.missing(jobs(config), runs)
 
@@ -520,10 +528,12 @@ def drawings(config: JiioInverseConfig, runs: Runs, folders: Mapping[str, Run]) 
         for name, row in ROWS.items():
             several = (read_pictures(folders[line.name]) for line in runs.where(corruption=corruption, row=name))
             for shown in (next((one for one in several if one is not None), None) or {}).values():
-                named.setdefault("clean, and corrupted", shown[:2])
+                named.setdefault("clean and corrupted", shown[:2])
                 named[f"restored; gradient: {row.label}"] = shown[2:]
         if named:
-            yield CaptionedFigure(corruption, grid(named), f"{corruption.capitalize()}: test images, not selected.")
+            yield CaptionedFigure(
+                corruption, grid(named), f"{corruption.capitalize()} of the first test images, with the first seed."
+            )
 
 
 TABLE = table.published(

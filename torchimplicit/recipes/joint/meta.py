@@ -85,8 +85,8 @@ class MetaConfig:
     jiio-unrolled always takes it."""
 
     adaptation_steps: int | None = None
-    """Most steps of the adaptation: evaluations of JIIO, or solves with a gradient of descent. Default: 100, as
-    published, for jiio and jiio-first-order, whose gradients are those of a context that has been found; 5 for
+    """Largest number of steps of the adaptation: evaluations of JIIO, or solves with a gradient of descent. Default:
+    100, as published, for jiio and jiio-first-order, whose gradients are those of a context that has been found; 5 for
     jiio-unrolled and descent, which differentiate through every step."""
 
     adaptation_step_size: float = 0.3
@@ -247,9 +247,9 @@ class Joint:
         penalty: weight of the context's square.
         gradient: gradient of the weights, in the context; ``None``: the context is a constant to them (first order).
         tolerance: relative, of the joint residual.
-        plain: whether by plain iteration, and otherwise by Broyden's method. Along contexts that the support hardly
+        plain: solve by plain iteration; otherwise by Broyden's method. Along contexts that the support hardly
             determines, plain iteration takes as many steps as the loss is badly conditioned.
-        seen: is told of the solve.
+        seen: called with the solution of the solve.
     """
 
     steps: int
@@ -809,15 +809,18 @@ def trainings(config: MetaTableConfig, problem: str, runs: Runs) -> TitledTable:
     cells = [
         Cell[str]("Trained by", lambda row: f"{ROWS[row][0]} ({native(config, problem, row)})"),
         Cell("Error", told("error", 3), "",
-             f"Test {UNITS[problem]} on the queries, adapted as in training; mean ± deviation over seeds."),
-        Cell("Accuracy", told("accuracy", 1, 100), "%", "Test accuracy on the queries."),
-        Cell("Adaptation", told("seconds", 0, 1e3), "ms", "CPU time for all test tasks at once."),
+             f"Test {UNITS[problem]} on the queries, adapted as in training: mean ± standard deviation over seeds."),
+        Cell("Accuracy", told("accuracy", 1, 100), "%", "Test accuracy on the queries, adapted as in training."),
+        Cell("Adaptation", told("seconds", 0, 1e3), "ms", "CPU time of adapting to all test tasks at once."),
         Cell("A training step", runs.told("costs.seconds", 0, 1e3), "ms",
-             "Wall time, the median of a run; the machine was shared, so that it is rough."),
-        Cell("Training steps", lambda row: str(adapted(config, problem, row, 0).training.optimization.steps)),
+             "Median wall time of a training step. Other programs ran on the machine, so that it is rough."),
+        Cell("Training steps", lambda row: str(adapted(config, problem, row, 0).training.optimization.steps), "",
+             "Optimizer steps."),
     ]  # fmt: skip
     shown = (cell for cell in cells if problem == "omniglot" or cell.title != "Accuracy")
-    return table.sheet(f"{TITLES[problem]}: training", [row for row in ROWS if runs.where(row=row)], shown)
+    return table.sheet(
+        f"{TITLES[problem]}: models by the way they were trained", [row for row in ROWS if runs.where(row=row)], shown
+    )
 
 
 def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
@@ -829,14 +832,15 @@ def adapting(problem: str, runs: Runs, row: str) -> TitledTable:
 
     cells = [
         Cell[str]("Adaptation", lambda name: name),
-        Cell("Error", told("error", 3), "", f"Test {UNITS[problem]} on the queries."),
-        Cell("Accuracy", told("accuracy", 1, 100), "%"),
+        Cell("Error", told("error", 3), "",
+             f"Test {UNITS[problem]} on the queries: mean ± standard deviation over the seeds."),
+        Cell("Accuracy", told("accuracy", 1, 100), "%", "Test accuracy on the queries."),
         Cell("Time", told("seconds", 0, 1e3), "ms",
-             "CPU time for all test tasks at once, the median of repeats taken in turn."),
+             "CPU time of adapting to all test tasks at once: median of repeats that alternate between adaptations."),
         Cell("Evaluations", lambda name: f"{fmean(of(runs, row, name, 'evaluations')):.0f}", "",
              "Evaluations of the map plus products with its Jacobian, in whole-batch equivalents."),
         Cell("Step size", lambda name: f"{first[name]['step_size']:g}", "",
-             "Chosen on validation tasks, the first seed's."),
+             "Step size that was chosen on the validation tasks, for the first seed."),
     ]  # fmt: skip
     title = f"{TITLES[problem]}: adaptation of the model trained by {ROWS[row][0]}"
     return table.sheet(title, first, (c for c in cells if problem == "omniglot" or c.title != "Accuracy"))
@@ -864,12 +868,12 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
         time = fastest(runs, row, "JIIO", goal)
         if time is None:
             names = {name for line in runs.where(row=row) for name in line["adaptations"] if "JIIO" in name}
-            words = f"JIIO comes to {min(fmean(of(runs, row, name, 'error')) for name in names):.3f} at best"
+            words = f"JIIO has at best {min(fmean(of(runs, row, name, 'error')) for name in names):.3f}"
         else:
-            words = f"{reached(time)}, {seconds / time[2]:.1f} times as fast"
+            words = f"{reached(time)} and is {seconds / time[2]:.1f} times as fast"
         yield Claim(
-            f"{title}: trained and adapted by {ROWS[row][0]}, the error of {rival} (its own training) is reached "
-            "at least 3 times as fast",
+            f"{title}: JIIO, at weights trained by {ROWS[row][0]}, reaches the error of {rival}, at weights trained by "
+            "it, at least 3 times as fast",
             f"{reached((rival, goal, seconds))}; {words}",
             time is not None and seconds / time[2] >= 3,
         )
@@ -880,18 +884,18 @@ def claims_of(config: MetaTableConfig, problem: str, runs: Runs) -> Iterator[Cla
         time, other = (fastest(runs, row, kind, 1.02 * goal) for kind in ("JIIO", "descent"))
         assert time is not None
         ratio = None if other is None else other[2] / time[2]
-        words = "descent never does in its steps" if other is None else f"{reached(other)}: {ratio:.1f} times it"
+        words = "descent does not reach it" if other is None else f"{reached(other)}, {ratio:.1f} times as long"
         yield Claim(
-            f"{title}: at the same weights, those trained by {ROWS[row][0]}, it comes to its error at least 3 times as "
-            "fast as descent",
+            f"{title}: at the same weights, trained by {ROWS[row][0]}, JIIO reaches its error at least 3 times as fast "
+            "as descent",
             f"{reached(time)}; {words}",
             ratio is None or ratio >= 3,
         )
     if {"jiio", "first-order"} <= rows:
         exact, cheap = (of(runs, row, natives[row], "error") for row in ("jiio", "first-order"))
         yield Claim(
-            f"{title}: the exact gradient trains to a lower error than the first-order one",
-            f"{table.spread(exact, 3)} instead of {table.spread(cheap, 3)}, means and deviations over the seeds",
+            f"{title}: training with the exact gradient ends at a lower error than training with the first-order one",
+            f"{table.spread(exact, 3)} with the exact gradient, {table.spread(cheap, 3)} with the first-order one",
             fmean(exact) < fmean(cheap),
         )
 
@@ -902,40 +906,42 @@ def protocol(config: MetaTableConfig, runs: Runs) -> str:
     for problem in there(config, runs):
         one = adapted(config, problem, "jiio", 0).training
         parts.append(
-            f"{TITLES[problem]}: {one.shots} support and {one.queries} query samples"
-            f"{' a character' if problem == 'omniglot' else ''}, states of {one.state_size}, a context of "
-            f"{one.context_size}, {one.optimization.steps} steps of Adam on {one.optimization.batch_size} tasks, step "
-            f"size {one.adaptation_step_size:g}, penalty {one.penalty:g}."
+            f"{TITLES[problem]}: a task has {one.shots} support and {one.queries} query samples"
+            f"{' per character' if problem == 'omniglot' else ''}; states have {one.state_size} entries and the "
+            f"context has {one.context_size}; training takes {one.optimization.steps} steps of Adam on "
+            f"{one.optimization.batch_size} tasks, with step size {one.adaptation_step_size:g} and penalty "
+            f"{one.penalty:g}."
         )
         if runs.where(problem=problem, row="found"):
             own = adapted(config, problem, "found", 0).training
             parts.append(
-                f"Contexts that are found: at most {own.most_steps} steps of Broyden's method, step size "
-                f"{own.adaptation_step_size:g}, penalty {own.penalty:g}."
+                f"Contexts that are found take at most {own.most_steps} steps of Broyden's method, with step size "
+                f"{own.adaptation_step_size:g} and penalty {own.penalty:g}."
             )
     kind = adapted(config, config.problems[0], "jiio", 0)
     return (
-        "A model z = tanh(Wz + γ(c) u + β(c)) whose context c adapts to a task on its support, and is judged on its "
-        f"queries; {config.plan.seeds} seeds. Training: JIIO takes {kind.training.adaptation_steps} steps, descent 5, "
-        f"and JIIO that is differentiated through its steps, as descent is, {UNROLLED}, in {LONGER['unrolled']} times "
-        f"as many optimizer steps. {' '.join(parts)} Measured on {kind.adapted_tasks} test tasks at once, at the "
-        "weights of the best validation, in eval mode; step sizes are chosen on as many validation tasks; each "
-        f"adaptation timed {kind.repeats} times, all in turn. Descent begins every solve at the last one's state, with "
+        "The context c of a model z = tanh(Wz + γ(c) u + β(c)) adapts to the support of a task, and the model is "
+        f"tested on the queries, with {config.plan.seeds} seeds. JIIO takes {kind.training.adaptation_steps} steps in "
+        "training and descent takes 5. JIIO that is differentiated through its steps, as descent is, takes "
+        f"{UNROLLED}, and trains for {LONGER['unrolled']} times as many optimizer steps. {' '.join(parts)} Adaptations "
+        f"are measured on {kind.adapted_tasks} test tasks at once, at the weights of the best validation, in "
+        "evaluation mode; step sizes are chosen on as many validation tasks. Each adaptation is timed "
+        f"{kind.repeats} times, in alternation with the others. Descent begins every solve at the previous state, with "
         "a tolerance of 1e-2."
     )
 
 
 def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
-    yield from table.missing(jobs(config), runs, "Not run, or not to the end")
+    yield from table.missing(jobs(config), runs, "Runs that are missing or did not finish")
     yield (
-        "One task is one sample of the batch: its state holds the states of all its support samples, which share the "
+        "A task is one sample of the batch: its state holds the states of all its support samples, which share the "
         "context."
     )
     yield (
         "The outer loss, on the queries, is not the inner one, so that the envelope theorem does not apply: the exact "
-        "gradient is the adjoint of the joint map (Hessian-vector products, by truncated GMRES); the first-order one "
-        "holds the context fixed, as the published code does."
+        "gradient solves the adjoint of the joint map by truncated GMRES with Hessian-vector products. The first-order "
+        "gradient holds the context fixed, as the published code does."
     )
     yield (
         "The problem is not convex and, with a small penalty, badly conditioned: 25 plain steps do not find the "
@@ -943,14 +949,15 @@ def notes(config: MetaTableConfig, runs: Runs) -> Iterator[str]:
         "in 20 to 50 evaluations; Anderson's method stops at stationary points of higher loss."
     )
     yield (
-        "Small models, few tasks and minutes of training: rows compare among themselves, and accuracies stay far below "
-        "published ones. Omniglot's small background set has 136 characters, 24 of which are the test."
+        "The models are small, the tasks few and training takes minutes: compare rows with each other only, as "
+        "accuracies stay far below published ones. Omniglot's small background set has 136 characters, 24 of which "
+        "form the test."
     )
     yield (
-        "Descent is trained through its own few steps, and so learns weights at which these few suffice: that is a "
-        "strong rival. The exact gradient's weights are those of a context that has been found, which in few steps it "
-        "is not; JIIO trained through its few steps, like descent, learns weights at which they suffice, and needs no "
-        "adjoint solve."
+        "Descent is trained through its few steps and so learns weights at which these suffice, which makes it a "
+        "strong rival. The exact gradient is that of a context that has been found, which takes more than a few steps. "
+        "JIIO that is trained through its few steps also learns weights at which they suffice, and needs no adjoint "
+        "solve."
     )
 
 
@@ -977,8 +984,8 @@ def drawings(config: MetaTableConfig, runs: Runs, folders: Mapping[str, Run]) ->
     yield CaptionedFigure(
         "error",
         figure,
-        "Error on the queries of all test tasks against the time of adapting to them, with more and more steps, each "
-        "with the step size that suits it. Means over the seeds.",
+        "Error on the queries of all test tasks against the time of adapting to them. Along a line the number of steps "
+        "grows, each with the step size chosen for it; all figures are means over the seeds.",
     )
 
 
