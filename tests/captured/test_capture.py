@@ -468,6 +468,34 @@ def test_a_leaf_whose_residual_appears_after_the_start_is_judged_in_its_own_unit
         torch.testing.assert_close(captured.residual, eager.residual, rtol=1e-2, atol=1e-14)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float64, 1e160), (torch.float32, 1e-25)])
+@pytest.mark.usefixtures("interpreted")
+def test_numbers_whose_squares_leave_the_dtype_are_solved_as_by_the_eager_loop(dtype, unit):
+    """They overflow, so that every residual is within the tolerance, or vanish."""
+    w, x = weight(requires_grad=False).to(dtype), inputs(5)[1].detach().to(dtype).requires_grad_()
+    problem = FixedPoint(lambda z, x: unit * torch.tanh(z / unit @ w.T + x))
+    eager, captured = (ti.solve(problem, torch.zeros_like(x), x, compile=c) for c in (False, True))
+    assert captured.converged.all()
+    torch.testing.assert_close(captured.value / unit, eager.value / unit, rtol=1e-5, atol=1e-5)
+    got, expected = (torch.autograd.grad((s.value / unit).sum(), x)[0] for s in (captured, eager))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torchimplicit.errors.ConvergenceWarning")
+@pytest.mark.usefixtures("interpreted")
+def test_a_leaf_whose_squares_overflow_has_its_gradient():
+    w, x, unit = weight(requires_grad=False), inputs(4)[1], 1e160
+
+    def f(state, x):
+        return unit * torch.tanh(state[1] @ w.T + x), 0.5 * torch.sin(state[0] / unit) + 0.1 * state[1]
+
+    grads, start = [], (torch.zeros(4, DIM, dtype=torch.float64), torch.zeros(4, DIM, dtype=torch.float64))
+    for compile in (False, True):
+        found = ti.solve(FixedPoint(f), start, x, solver=Anderson(rtol=1e-11), compile=compile, throw=False).value
+        grads.append(torch.autograd.grad((found[0] / unit).sin().sum() + found[1].sin().sum(), x)[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_hooks_that_a_module_is_given_later_are_seen():
     """By default, the compiler guards no hooks."""

@@ -61,7 +61,7 @@ class Captured(LinearSolver):
 class _Compiled(LinearSolverSuite):
     iterative = False
     null = False
-    # there, the eager path has the backward pass
+    # one of its right-hand sides is not finite: the eager path answers for the other samples
     falls_back: ClassVar[dict[str, str]] = {"test_leaves_its_arguments_alone": ""}
     # of operators that are put together by hand, of starts, of budgets, and of what is said where options are bad
     test_empty_batch = test_rows_that_depend_on_each_other = test_warm_start = None  # type: ignore[assignment]

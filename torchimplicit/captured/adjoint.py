@@ -179,7 +179,7 @@ def compiled_adjoint(graph: Graph, adjoint: Adjoint, needs_grad: Sequence[bool],
             solved = solved | (answer.spent & (true <= 1.1 * answer.left + tolerance))
         sound = solved.all()
         if system.separate is not None:  # leaves of unlike size are solved for in units of their own
-            sizes = system.separate.norms(z)
+            sizes = system.separate.safe_norms(z)
             sizes = torch.where((sizes > 0) & (sizes < torch.inf), sizes, 1)
             sound = sound & (sizes.amax(dim=1) <= UNLIKE * sizes.amin(dim=1)).all()
         relative = true / torch.where(scale > 0, scale, 1)

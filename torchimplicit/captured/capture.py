@@ -25,7 +25,7 @@ from torchimplicit.solution import Report, Status
 from torchimplicit.solvers import Solver, SolverResult
 from torchimplicit.solvers.base import Evaluator
 from torchimplicit.solvers.iterate import as_one, iterate, reviewed
-from torchimplicit.solvers.magnitude import examined
+from torchimplicit.solvers.magnitude import examined, first_units
 from torchimplicit.solvers.review import after
 from torchimplicit.state import Layout
 
@@ -72,6 +72,9 @@ class Capture:
             report = Report(forward.status, forward.steps, forward.residual, float(solver.steps))
             return SolverResult(forward.z, report, norm=forward.norm if solver.steps else None, parts=forward.parts)
         count, unsure, extreme = forward.figures.tolist()
+        first = system.at(z0, params) if extreme else None
+        if first is not None and first_units(system, first, params) is not None:
+            return iterate(solver, system, z0, params)  # in these units; compiled code's squares over- or underflow
         report = Report(forward.status, forward.steps, forward.residual, 1.0 + count)
         outcome = SolverResult(forward.z, report, norm=forward.norm, parts=forward.parts)
         if not (unsure or extreme):
@@ -82,8 +85,8 @@ class Capture:
             spent = bool((forward.status == Status.MAX_STEPS).any())
             evaluate, judge = Evaluator(system, params), forward.judge(solver, system)
             outcome = reviewed(solver, evaluate, outcome, judge, True, spent)
-        if extreme:
-            judge = forward.judge(solver, system, system.at(z0, params))
+        if first is not None:
+            judge = forward.judge(solver, system, first)
             outcome = examined(iterate, outcome, judge, solver, system, params)
         return outcome
 
