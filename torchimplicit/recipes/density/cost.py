@@ -87,16 +87,16 @@ class MeasurementConfig(MoleculeFiles):
 
 @dataclass(frozen=True)
 class Measured:
-    """``cost.json``. Seconds are the processor's, of one thread; gigabytes the largest resident size so far.
+    """``cost.json``, with CPU times in seconds of one thread, and peak resident memory in gigabytes.
 
     Attributes:
         atoms, functions, points, orbitals: atoms, functions, points and orbitals of the molecule, the density's
             basis, the grid, the orbitals' basis.
-        integrals: with the fit of the superposition of atoms, and the grid.
-        minimization, forces: by the functional.
-        steps, converged: figures of the minimization.
-        gigabytes: until the forces are there.
-        kohn_sham: the iteration to self-consistency, without forces, and its cycles.
+        integrals: seconds of the integrals, the fit of the superposition of atoms, and the grid.
+        minimization, forces: seconds of both with the functional.
+        steps, converged: number of steps of the minimization, and if it converged.
+        gigabytes: peak memory until the forces are computed.
+        kohn_sham, cycles: seconds and cycles of the Kohn-Sham calculation, without forces.
     """
 
     atoms: int
@@ -235,11 +235,13 @@ def growth(runs: Runs, seconds: Callable[[Line], float]) -> float:
 def protocol(config: CostConfig, runs: Runs) -> str:
     """Describe what was run, and how the figures were selected."""
     return (
-        f"A functional whose linear terms are fitted to {', '.join(KNOWN)} in closed form, with a network of 16 hidden "
-        "units that is evaluated as a trained one is; preconditioned L-BFGS to 1e-8 from the superposition of atoms, "
-        f"grid level {config.grid}, {config.memory:g} GB for basis functions. Kohn–Sham: PySCF's RKS, LDA, def2-SVP, "
-        "the same superposition, to 1e-9 hartree on its grid of level 3, without density fitting. Seconds of the "
-        "processor, one thread, double precision; each molecule once, in a process of its own."
+        f"The linear terms of the functional are fitted to {', '.join(KNOWN)} in closed form; its network of 16 hidden "
+        "units is not trained, but evaluated. Preconditioned L-BFGS finds the density to 1e-8 from the superposition "
+        f"of atoms, with grid level {config.grid} and {config.memory:g} GB for values of basis functions. The "
+        "Kohn–Sham calculation is PySCF's RKS with LDA and def2-SVP, from that superposition to 1e-9 hartree on "
+        "PySCF's "
+        "grid of level 3, without density fitting. Times are CPU times with one thread in double precision; each "
+        "molecule is measured once, in a separate process."
     )
 
 
@@ -250,20 +252,22 @@ def sheets(config: CostConfig, runs: Runs) -> Iterator[TitledTable]:
         return lambda line: table.shown(line[path], form)
 
     for series, rows in every(runs):
-        yield table.sheet(series.capitalize(), rows, [
+        yield table.sheet(f"Time and memory of a density: {series}", rows, [
             Cell[Line]("Molecule", lambda line: SERIES[line["row"]](line["count"]).name),
             Cell("Atoms", of("atoms", "d")),
-            Cell("Functions", of("functions", "d"), "", "of the density's basis"),
-            Cell("Points", of("points", "d")),
-            Cell("Integrals", of("integrals"), "s", "with the grid and the fit of the superposition of atoms"),
-            Cell("Minimization", of("minimization"), "s"),
-            Cell("Steps", lambda line: f"{line['steps']}{'' if line['converged'] else ', not converged'}"),
-            Cell("Forces", of("forces"), "s"),
-            Cell("Peak memory", of("gigabytes"), "GB", "of the whole process"),
-            Cell("Kohn–Sham", of("kohn_sham"), "s"),
-            Cell("Cycles", of("cycles", "d")),
-            Cell("Density over Kohn–Sham", lambda line: f"{whole(line) / line['kohn_sham']:.2f}", "",
-                 "integrals and minimization"),
+            Cell("Functions", of("functions", "d"), "", "Basis functions of the density."),
+            Cell("Points", of("points", "d"), "", "Grid points."),
+            Cell("Integrals", of("integrals"), "s", "CPU time of the integrals, the grid and the fit of the "
+             "superposition of atoms."),
+            Cell("Minimization", of("minimization"), "s", "CPU time of finding the density."),
+            Cell("Steps", lambda line: f"{line['steps']}{'' if line['converged'] else ', not converged'}", "",
+                 "Steps of the minimization."),
+            Cell("Forces", of("forces"), "s", "CPU time of the forces at the density."),
+            Cell("Peak memory", of("gigabytes"), "GB", "Peak memory of the process until the forces are computed."),
+            Cell("Kohn–Sham", of("kohn_sham"), "s", "CPU time of the Kohn–Sham calculation, without forces."),
+            Cell("Cycles", of("cycles", "d"), "", "Self-consistency cycles of the Kohn–Sham calculation."),
+            Cell("Relative to Kohn–Sham", lambda line: f"{whole(line) / line['kohn_sham']:.2f}", "",
+                 "Time of integrals and minimization divided by that of the Kohn–Sham calculation."),
         ])  # fmt: skip
 
 
@@ -286,8 +290,9 @@ def claims(config: CostConfig, runs: Runs) -> Iterator[Claim]:
         if len(rows) > 1:
             exponent, other = growth(rows, whole), growth(rows, lambda line: float(line["kohn_sham"]))
             yield Claim(
-                f"Its time grows by a smaller power of the number of atoms ({series}, the two largest)",
-                f"{exponent:.1f} against {other:.1f}",
+                f"The time of a density grows by a smaller power of the number of atoms than that of the Kohn–Sham "
+                f"calculation, between the two largest of the {series}",
+                f"the powers are {exponent:.1f} and {other:.1f}",
                 exponent < other,
             )
     if runs:
@@ -298,8 +303,8 @@ def claims(config: CostConfig, runs: Runs) -> Iterator[Claim]:
 def notes(config: CostConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     yield (
-        "It is the cost that is compared: the functional is not trained for these molecules, and its densities and "
-        "energies are no better than a fit in closed form makes them."
+        "The table compares costs only: the functional is not trained for these molecules, and its densities and "
+        "energies are as good as a fit in closed form makes them."
     )
     yield (
         "The Hessian that preconditions the minimization is assembled and factorized, which grows as the cube of the "
@@ -314,8 +319,8 @@ def drawings(config: CostConfig, runs: Runs, folders: Mapping[str, Run]) -> Iter
         yield CaptionedFigure(
             "growth",
             grown(runs),
-            "Left: the processor's seconds of a density (lines) and of a Kohn–Sham calculation (dashed). Right: the "
-            "largest memory of the process by the time the density and its forces are there.",
+            "Left: CPU time of a density (solid) and of a Kohn–Sham calculation (dashed). Right: peak memory of the "
+            "process until the density and its forces are computed.",
         )
 
 
@@ -341,6 +346,7 @@ def grown(runs: Runs) -> Figure:
 
 TABLE = table.published(
     globals(),
-    "What a density costs as molecules grow",
-    "No published figures; orbital-free calculations are said to grow more slowly than Kohn–Sham's. These are ours.",
+    "Cost of a density for growing molecules",
+    "There are no published figures; the cost of orbital-free calculations is said to grow more slowly than that of "
+    "Kohn–Sham calculations. The figures here are ours.",
 )

@@ -80,7 +80,7 @@ APART, BELOW = 0.05, 0.6
 """The targets: largest ratio of two final losses, and largest final loss as a share of the initial one."""
 
 FALLEN = 0.9
-"""Of the start: where implicit differentiation ends above it, that others end there too says nothing."""
+"""Share of the initial loss. If implicit differentiation ends above it, estimators are not compared."""
 
 Row = tuple[EstimatorName, GradientOptimizer]
 
@@ -141,20 +141,24 @@ def sheets(config: SingleConfig, runs: Runs) -> Iterator[TitledTable]:
 
     cells = [
         Cell[Row]("Gradient; optimizer", lambda row: f"{ESTIMATORS[row[0]]}; {OPTIMIZERS[row[1]]}"),
-        Cell("Loss at the end", ends, "10⁻³"),
-        Cell("Over its start", lambda row: told(map(lowered, runs.where(row=row)))),
-        Cell("L, finer grid", cell(runs, "train.finer_loss", 3, 1e3), "10⁻³", "of the same functional's minimum there"),
-        Cell("L1 per electron", cell(runs, "train.l1"), "", "∫|Δρ|/N at the end"),
+        Cell("Loss at the end", ends, "10⁻³", "Training loss: mean over the seeds."),
+        Cell("Relative to start", lambda row: told(map(lowered, runs.where(row=row))), "",
+             "Final loss divided by the initial loss."),
+        Cell("L, finer grid", cell(runs, "train.finer_loss", 3, 1e3), "10⁻³", "Error L at the minimum of the "
+             "trained functional on a finer grid."),
+        Cell("L1 per electron", cell(runs, "train.l1"), "", "∫|Δρ|/N at the end of training."),
         Cell(f"Time to {config.level:g} of the start",
              lambda row: told((seconds_to(line, config.level) for line in runs.where(row=row)), 2), "s",
-             "of the processor, measurements not counted, mean of the seeds that came there"),
-        Cell("Time an iteration", cell(runs, "pace", 2, 1e3), "ms", "the median of a run's iterations"),
-        Cell("Evaluations", cell(runs, "evaluations", 2), "", "of the loss with its gradient, in the whole training"),
+             "CPU time until the loss is that share of its start, without measurements: mean over the seeds "
+             "that reach it."),
+        Cell("Time per iteration", cell(runs, "pace", 2, 1e3), "ms", "CPU time: median over the iterations."),
+        Cell("Evaluations", cell(runs, "evaluations", 2), "", "Evaluations of the loss with its gradient in the "
+             "whole training."),
         Cell("Inner steps", cell(runs, "inner_steps", 2), "",
-             "of a minimization that begins at the density found before, mean during training"),
+             "Steps of a minimization that begins at the previous density: mean over the training."),
         Cell("Backward", cell(runs, "adjoint", 2), "",
-             "products with the Hessian, or gradients of the nudged energies, of one evaluation"),
-        Cell("Seeds", lambda row: str(len(runs.where(row=row)))),
+             "Products with the Hessian, or gradients of the nudged energies, per evaluation."),
+        Cell("Seeds", lambda row: str(len(runs.where(row=row))), "", "Runs that finished."),
     ]  # fmt: skip
     guess = runs.where(row=rows[0])[0]["start"]
     below = [
@@ -185,7 +189,7 @@ def fallen(runs: Runs, exact: Row) -> Claim:
     return Claim(
         f"{OPTIMIZERS[exact[1]]}: exact implicit differentiation lowers the loss by at least {100 * (1 - BELOW):.0f} % "
         "with every seed",
-        f"to {shown(max(ratios), 2)} of the start at worst ({number(ratios)})",
+        f"the loss falls to {shown(max(ratios), 2)} of the start at worst ({number(ratios)})",
         max(ratios) <= BELOW,
     )
 
@@ -198,7 +202,7 @@ def together(runs: Runs, exact: Row, other: Row) -> Claim:
     return Claim(
         f"{OPTIMIZERS[exact[1]]}: {ESTIMATORS[other[0]]} ends within {100 * APART:g} % of the loss of exact implicit "
         "differentiation with every seed",
-        f"farthest apart {shown(100 * apart, 2)} % ({number(pairs)})",
+        f"the largest difference is {shown(100 * apart, 2)} % ({number(pairs)})",
         apart <= APART if fell else None,
     )
 
@@ -215,10 +219,9 @@ def slower(config: SingleConfig, runs: Runs, exact: Row, other: Row) -> Claim:
     return Claim(
         f"{OPTIMIZERS[exact[1]]}: symmetric propagation takes longer than exact implicit differentiation, as "
         "the slides report",
-        f"{shown(times[1], 2)} s against {shown(times[0], 2)} s of the processor's time to {config.level:g} of the "
-        "starting loss"
+        f"{shown(times[1], 2)} s against {shown(times[0], 2)} s of CPU time to {config.level:g} of the starting loss"
         if both
-        else f"not every run comes to {config.level:g} of its starting loss",
+        else f"not every run reaches {config.level:g} of its starting loss",
         times[1] > times[0] if both else None,
     )
 
@@ -231,27 +234,28 @@ def protocol(config: SingleConfig, runs: Runs) -> str:
     }
     extra = f", and {config.tail_weight:g} times its square over the density" if config.tail_weight else ""
     return (
-        f"{config.molecule} at its own geometry, Kohn-Sham density (LDA, def2-SVP) in an even-tempered basis, grid "
-        f"level {config.grid}. Thomas-Fermi, von Weizsäcker and LDA, with a network as enhancement factor and a linear "
-        f"term that is fitted first. The loss is half the squared density error per electron{extra}, at the density of "
-        "least energy, which preconditioned L-BFGS finds to a projected gradient of 1e-8. "
-        f"{', or '.join(how[name] for name in config.optimizers)}; {config.plan.seeds} seeds of the network's "
-        "weights. Implicit: preconditioned "
-        "MINRES to 1e-8. Propagation: the nudge is chosen by the least eigenvalue. Double precision, one thread; times "
-        "are the processor's."
+        f"The reference is the Kohn-Sham density (LDA, def2-SVP) of {config.molecule} at its own geometry, in an "
+        f"even-tempered basis with grid level {config.grid}. The functional is the sum of Thomas-Fermi, von Weizsäcker "
+        "and LDA, with a network as enhancement factor and a linear term that is fitted first. The loss is half the "
+        f"squared density error per electron{extra}, at the density of least energy, which preconditioned L-BFGS finds "
+        f"to a projected gradient of 1e-8. Training takes {', or '.join(how[name] for name in config.optimizers)}, "
+        f"with {config.plan.seeds} seeds of the network's weights. Implicit differentiation solves its adjoint system "
+        "by preconditioned MINRES to 1e-8; equilibrium propagation chooses its nudge from the least eigenvalue. "
+        "Everything runs in double precision with one thread, and times are CPU times."
     )
 
 
 def notes(config: SingleConfig, runs: Runs) -> Iterator[str]:
     """Caveats for the reader."""
     yield (
-        "The loss contains a small decay of the network's weights, the same in all rows. One-sided propagation "
-        "with a curved nudge is damped implicit differentiation; the damping is chosen by the same rule."
+        "The loss contains a small decay of the network's weights, which is equal in all rows. One-sided propagation "
+        "with a curved nudge is damped implicit differentiation; both choose the damping by one rule."
     )
     if rejected := sum(runs.column("rejected")):
         yield (
-            f"{rejected} evaluations met a density that was not found within the budget. L-BFGS begins with a step of "
-            "length one, at which that happens: most of a row's time is that one evaluation, the same in all rows."
+            f"In {rejected} evaluations the density was not found within the step budget. This happens at the "
+            "first step "
+            "of L-BFGS, which has length one: that evaluation takes most of the time of every row."
         )
     yield from missing(len(jobs(config)), runs)
 
@@ -266,14 +270,14 @@ def drawings(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> It
     yield CaptionedFigure(
         "loss",
         loss_along(config, runs, folders),
-        "The loss over its start: by iterations, and by seconds of the processor's time; a line a seed.",
+        "Loss divided by the initial loss, against iterations and against CPU time, with a line per seed.",
     )
     if (along := line_through(config, runs, folders)) is not None:
         yield CaptionedFigure(
             "line",
             along,
-            f"{config.molecule}: the error of the density along the line through the first two atoms (grey), "
-            f"before training and after, seed {config.plan.first_seed}; the scale is linear within 0.001.",
+            f"{config.molecule}: error of the density along the line through the first two atoms (grey), before and "
+            f"after training, with seed {config.plan.first_seed}. The scale is linear within 0.001.",
         )
 
 
@@ -303,7 +307,7 @@ def loss_along(config: SingleConfig, runs: Runs, folders: Mapping[str, Run]) -> 
                     panel.plot([look[what] for look in looks], losses, linewidth=1.2, label=label, **style)
         for panel, label in zip(pair, ("iteration", "seconds"), strict=True):
             panel.set(title=OPTIMIZERS[optimizer], xlabel=label, yscale="log")
-    panels[0].set_ylabel("loss, over its start")
+    panels[0].set_ylabel("loss / initial loss")
     for panel in panels[1::2]:
         panel.legend(fontsize=7.5)
     return figure
