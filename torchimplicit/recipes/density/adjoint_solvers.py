@@ -124,7 +124,7 @@ def solved(optimum: Optimum, problem: Minimum, descent_steps: int, repeats: int)
 
 
 def _assembled(operator: LinearOperator) -> LinearOperator:
-    """The same operator as an assembled, symmetric matrix."""
+    """The operator as an assembled, symmetric matrix."""
     matrix = operator.dense()[0]
     matrix, inner = 0.5 * (matrix + matrix.T), operator.unprojected
     return _symmetric(operator, lambda v: v @ matrix, None if inner is None else _assembled(inner))

@@ -72,7 +72,7 @@ REMEDIES = {
     "descent-correction": "fixed-point correction at uniform iterates",
     "descent-random": "fixed-point correction at random iterates",
 }
-"""What may keep the minimizations of ``descent`` from growing, by the variants that try it."""
+"""Remedies that may keep the minimizations of ``descent`` from growing, by the variants that try it."""
 
 KINDS: dict[Kind, str] = {
     "potential": "external potential",

@@ -14,7 +14,7 @@ from torchimplicit.recipes.density.integrals import density_basis, made
 from torchimplicit.recipes.density.record import Record
 
 STEP = 1e-3
-"""Of the central differences of a fit, in bohr."""
+"""Step of the central differences of a fit, in bohr."""
 
 
 def forces(functional: OrbitalFree, p: Tensor, record: Record) -> Tensor:

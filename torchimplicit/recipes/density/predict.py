@@ -131,7 +131,7 @@ class Density:
 
     @property
     def warning(self) -> str:
-        """What makes the density doubtful; empty if nothing does."""
+        """Reasons to doubt the density; empty if there are none."""
         geometry, warnings = self.record.geometry, []
         if self.status is not Status.CONVERGED:
             warnings.append(

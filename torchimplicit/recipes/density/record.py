@@ -64,7 +64,7 @@ class Record:
 
     @property
     def doubt(self) -> str:
-        """What is odd about the Kohn-Sham calculation; empty if nothing is."""
+        """Warnings about the Kohn-Sham calculation; empty if there are none."""
         if not self.gap < NARROW:
             return ""
         return (

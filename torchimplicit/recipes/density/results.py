@@ -29,7 +29,7 @@ PRECISION = "Double precision, one thread."
 
 
 def labelled(grid: int) -> str:
-    """What the molecules' densities are, for the protocols."""
+    """Description of the molecules' densities, for the protocols."""
     return f"Kohn-Sham densities (LDA, def2-SVP) in an even-tempered basis, grid level {grid}"
 
 

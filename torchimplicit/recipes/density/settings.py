@@ -157,7 +157,7 @@ class Molecules:
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What all trainings of density functionals have in common."""
+    """Settings that all trainings of density functionals have in common."""
 
     check_grid: int = 3
     """Level of PySCF's grid on which all densities are minimized again at the end; a density counts as good only if it
