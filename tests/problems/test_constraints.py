@@ -23,6 +23,7 @@ from torchimplicit import (
     Proximal,
     Simplex,
 )
+from torchimplicit.constraints import clamped
 
 F64 = torch.float64
 BATCH, DIM = 3, 8
@@ -657,3 +658,12 @@ def test_a_tuple_of_one_or_none():
 def test_a_start_outside_is_moved():
     found = ti.solve(Minimum(energy, Simplex(2.0)), torch.full((BATCH, DIM), 7.0, dtype=F64), SLOPE)
     torch.testing.assert_close(found.value, solved(Simplex(2.0)).value)
+
+
+def test_an_entry_on_its_bound_has_a_derivative_of_one_with_every_torch():
+    low, high = torch.tensor([[-1.0, 0.0, -torch.inf, 2.0]]), torch.tensor([[1.0, 0.0, 0.0, 3.0]])
+    z = torch.tensor([[-1.0, 0.0, 0.0, 5.0], [torch.nan, -1.0, -7.0, 1.0]], requires_grad=True)
+    there = clamped(z, low, high)
+    torch.testing.assert_close(there, torch.clamp(z, low, high), equal_nan=True)
+    (slope,) = torch.autograd.grad(there.nan_to_num().sum(), z)
+    assert slope.tolist() == [[1, 1, 1, 0], [0, 0, 1, 0]]

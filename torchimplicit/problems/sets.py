@@ -23,6 +23,7 @@ from torchimplicit.constraints import (
     Proximal,
     Simplex,
     check_plane,
+    clamped,
 )
 from torchimplicit.problems.interior_point import typical
 from torchimplicit.problems.per_sample import bound, column, flat_matrix, flat_tree
@@ -118,10 +119,10 @@ class FlatBox(LinearSet):
     lengths = (True, True)
 
     def project(self, z: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
-        return torch.clamp(z, *tensors)
+        return clamped(z, *tensors)
 
     def along(self, z: Tensor, way: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        at = torch.clamp(z, *tensors)
+        at = clamped(z, *tensors)
         held = (z - at).detach().sign_().abs_()  # one or zero: a boolean mask takes several times as long on a CPU
         return at, torch.addcmul(way, held, way, value=-1)
 
