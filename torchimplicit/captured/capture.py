@@ -66,7 +66,9 @@ class Capture:
         inputs = self.bound.inputs_at((z0, *params), params)
         if inputs is None:
             return None
-        outputs = self.bound.artifact.forward(z0.contiguous(), *inputs)
+        outputs = self.bound.artifact.solved(z0.contiguous(), *inputs)
+        if outputs is None:
+            return None
         forward = Forward._make((*outputs[:7], tuple(outputs[7:])))
         if solver.steps is not None:
             report = Report(forward.status, forward.steps, forward.residual, float(solver.steps))
@@ -102,10 +104,10 @@ class Capture:
         for slow in (False, True):
             if slow < artifact.slow:
                 continue
-            way = artifact.where_slow() if slow else artifact.adjoint
-            if way is None:
+            outputs = artifact.pulled(slow, z, u, *inputs)
+            if outputs is None:
                 return None
-            sound, status, steps, residual, condition, count, *grads = way(z, u, *inputs)
+            sound, status, steps, residual, condition, count, *grads = outputs
             cotangents = self._sorted(grads, params, needs_grad)
             if cotangents is None:
                 return None

@@ -74,12 +74,13 @@ class Artifact:
     """What was compiled of one graph.
 
     Attributes:
+        forward, adjoint: the solves; ``None`` for none, or where running it raised.
         slower: compiles the adjoint solve where the series is slow; ``None`` for none.
         slow: whether it was.
     """
 
     graph: Graph
-    forward: Compiled
+    forward: Compiled | None
     adjoint: Compiled | None
     slower: Callable[[], Compiled] | None
     continued: Continued | None
@@ -87,14 +88,31 @@ class Artifact:
     slow: bool = False
     checked: bool = False
 
-    def where_slow(self) -> Compiled | None:
-        """The adjoint solve where the series is slow; ``None`` where there is none."""
+    def solved(self, *inputs: Any) -> tuple[Tensor, ...] | None:
+        """What the forward solve gives; ``None`` where running it has raised, as wrong code of a compiler does."""
         try:
-            with compiling:
-                return None if self.slower is None else self.slower()
+            return None if self.forward is None else self.forward(*inputs)
         except Exception as error:  # whatever the compiler stumbles over, the eager path does not need it
-            self.slower = None
-            tell(f"its backward pass, where the adjoint series is slow: {_reason(error)}")
+            self.forward = None
+            tell(_reason(error))
+            return None
+
+    def pulled(self, slow: bool, *inputs: Any) -> tuple[Tensor, ...] | None:
+        """What the adjoint solve gives, of the kind for a series that is ``slow``; ``None`` where there is none, or
+        where compiling or running it has raised."""
+        try:
+            if not slow:
+                return None if self.adjoint is None else self.adjoint(*inputs)
+            with compiling:
+                way = None if self.slower is None else self.slower()
+            return None if way is None else way(*inputs)
+        except Exception as error:
+            if slow:
+                self.slower = None
+            else:
+                self.adjoint = None
+            where = ", where the adjoint series is slow" if slow else ""
+            tell(f"its backward pass{where}: {_reason(error)}")
             return None
 
 
