@@ -66,5 +66,5 @@ def test_claims_compare_the_largest():
     runs = {job.name: one(count, 0.5 * count**2) for job, count in zip(jobs(config), (4, 8, 1), strict=True)}
     made = list(claims(config, Runs.made_by(jobs(config), runs)))
     assert [claim.holds for claim in made] == [False, False, True, True]
-    assert made[1].measured == "2.0 against 1.0"
+    assert made[1].measured == "the powers are 2.0 and 1.0"
     assert set(SERIES) == {"alkanes", "waters"}
