@@ -538,3 +538,27 @@ def test_threads_do_not_disturb_each_other():
     for value, w, x, grads in found.values():
         expected = dense_gradient(value.detach(), w.detach(), x.detach(), torch.ones_like(x))
         torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("part", ["compiled_forward", "compiled_adjoint"])
+def test_compiled_code_that_raises_gives_way_to_the_eager_loop(part, monkeypatch):
+    def broken(*inputs):
+        raise NameError("name 's33' is not defined")
+
+    monkeypatch.setattr(f"torchimplicit.captured.program.{part}", lambda *args: broken)
+    w, (z0, x) = weight(requires_grad=False), inputs(3)
+    functions = {  # a program each
+        "compiled_forward": lambda z, x: torch.tanh(z @ w.T + x),
+        "compiled_adjoint": lambda z, x: torch.tanh(x + z @ w.T),
+    }
+    problem, before = FixedPoint(functions[part]), ti.solve_counts()
+    (expected,) = torch.autograd.grad(ti.solve(problem, z0, x, solver=Anderson(rtol=1e-12)).value.sum(), x)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            value = ti.solve(problem, z0, x, solver=Anderson(rtol=1e-12), compile=True).value
+            (got,) = torch.autograd.grad(value.sum(), x)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+        assert all("NameError: name 's33'" in str(one.message) for one in told)
+    assert any("NameError" in kind for kind in (ti.solve_counts() - before).warnings)

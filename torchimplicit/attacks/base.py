@@ -22,7 +22,7 @@ from torchimplicit.solution import Solution
 from torchimplicit.validation import at_least
 
 Norm = Literal["l2", "linf"]
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Found(NamedTuple):
@@ -206,7 +206,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     for weight in weights:
         weight.requires_grad_(False)
-    norms = [] if compiled_module(model) else [m for m in modes if type(m) in NORMS and m.running_mean is not None]
+    affine = [m for m in modes if type(m) in BATCH_NORMS and m.running_mean is not None]
+    norms = [] if compiled_module(model) else affine
     for norm in norms:
         norm.__dict__["forward"] = _Affine(norm)  # hides the method of the class
     try:

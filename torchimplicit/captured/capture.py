@@ -66,7 +66,8 @@ class Capture:
         inputs = self.bound.inputs_at((z0, *params), params)
         if inputs is None:
             return None
-        outputs = self.bound.artifact.solved(z0.contiguous(), *inputs)
+        artifact = self.bound.artifact
+        outputs = artifact.run("", artifact.forward, z0.contiguous(), *inputs)
         if outputs is None:
             return None
         forward = Forward._make((*outputs[:7], tuple(outputs[7:])))
@@ -104,7 +105,8 @@ class Capture:
         for slow in (False, True):
             if slow < artifact.slow:
                 continue
-            outputs = artifact.pulled(slow, z, u, *inputs)
+            what = "its backward pass, where the adjoint series is slow: " if slow else "its backward pass: "
+            outputs = artifact.run(what, artifact.adjoint_by(slow), z, u, *inputs)
             if outputs is None:
                 return None
             sound, status, steps, residual, condition, count, *grads = outputs
@@ -119,25 +121,29 @@ class Capture:
 
     def go_on(self, h: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Any, ...]] | None:
         """Where the compiled steps lead from ``h``, the norms of the residual and the relative ones there, and what
-        :meth:`come_back` needs besides; ``None`` where the parameters are not those that were bound."""
+        :meth:`come_back` needs besides; ``None`` where the parameters are not those that were bound, or where the
+        compiled code has raised."""
         artifact = self.bound.artifact
         inputs = self.bound.inputs_at((h, *params), params)
         if inputs is None or artifact.continued is None:
             return None
-        out, figures, *intermediates = artifact.continued.forward(h.contiguous(), *inputs)
+        outputs = artifact.run("the steps of its estimate: ", artifact.continued.forward, h.contiguous(), *inputs)
+        if outputs is None:
+            return None
+        out, figures, *intermediates = outputs
         return out, figures, tuple(intermediates)
 
     def come_back(
         self, u: Tensor, h: Tensor, params: Sequence[Tensor], intermediates: Sequence[Any], needs_grad: Sequence[bool]
     ) -> Grads | None:
         """The cotangents of the wanted parameters, of ``u`` at the end of the compiled steps from ``h``."""
-        continued = self.bound.artifact.continued
+        artifact = self.bound.artifact
         inputs = self.bound.inputs_at((u, h, *params), params)
-        if inputs is None or continued is None or continued.backward is None:
+        if inputs is None or artifact.continued is None:
             return None
-        return self._sorted(
-            continued.backward(u.contiguous(), h.contiguous(), *inputs, *intermediates), params, needs_grad
-        )
+        given = (u.contiguous(), h.contiguous(), *inputs, *intermediates)
+        grads = artifact.run("its backward pass: ", artifact.continued.backward, *given)
+        return None if grads is None else self._sorted(grads, params, needs_grad)
 
     def _sorted(self, grads: Sequence[Tensor], params: Sequence[Tensor], needs_grad: Sequence[bool]) -> Grads | None:
         """The gradients in the inputs as cotangents of the parameters; ``None`` where one is asked that is not among

@@ -74,46 +74,50 @@ class Artifact:
     """What was compiled of one graph.
 
     Attributes:
-        forward, adjoint: the solves; ``None`` for none, or where running it raised.
         slower: compiles the adjoint solve where the series is slow; ``None`` for none.
         slow: whether it was.
+        broken: the parts that have raised.
     """
 
     graph: Graph
-    forward: Compiled | None
+    forward: Compiled
     adjoint: Compiled | None
     slower: Callable[[], Compiled] | None
     continued: Continued | None
     needs_grad: tuple[bool, ...]
     slow: bool = False
     checked: bool = False
+    broken: set[str] = field(default_factory=set)
 
-    def solved(self, *inputs: Any) -> tuple[Tensor, ...] | None:
-        """What the forward solve gives; ``None`` where running it has raised, as wrong code of a compiler does."""
-        try:
-            return None if self.forward is None else self.forward(*inputs)
-        except Exception as error:  # whatever the compiler stumbles over, the eager path does not need it
-            self.forward = None
-            tell(_reason(error))
+    def run(self, what: str, part: Compiled | None, *inputs: Any) -> tuple[Any, ...] | None:
+        """What ``part`` gives; ``None`` where there is none, or where making or running it has raised, now or before:
+        whatever the compiler or its code stumbles over, the eager path does not need it.
+
+        Args:
+            what: names the part in a warning; empty for the whole solve.
+        """
+        if part is None or what in self.broken:
             return None
-
-    def pulled(self, slow: bool, *inputs: Any) -> tuple[Tensor, ...] | None:
-        """What the adjoint solve gives, of the kind for a series that is ``slow``; ``None`` where there is none, or
-        where compiling or running it has raised."""
         try:
-            if not slow:
-                return None if self.adjoint is None else self.adjoint(*inputs)
-            with compiling:
-                way = None if self.slower is None else self.slower()
-            return None if way is None else way(*inputs)
+            return part(*inputs)
         except Exception as error:
-            if slow:
-                self.slower = None
-            else:
-                self.adjoint = None
-            where = ", where the adjoint series is slow" if slow else ""
-            tell(f"its backward pass{where}: {_reason(error)}")
+            self.broken.add(what)
+            tell(what + _reason(error))
             return None
+
+    def adjoint_by(self, slow: bool) -> Compiled | None:
+        """The adjoint solve; where the series is ``slow``, another one, which is compiled when it is first run."""
+        if not slow:
+            return self.adjoint
+        if (slower := self.slower) is None:
+            return None
+
+        def run(*inputs: Any) -> tuple[Any, ...]:
+            with compiling:
+                way = slower()
+            return way(*inputs)
+
+        return run
 
 
 @dataclass(frozen=True)

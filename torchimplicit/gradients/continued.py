@@ -28,7 +28,7 @@ class Continued(Function):
         assert task.linear.capture is not None
         ctx.task, ctx.way = task, way
         compiled = task.linear.capture.go_on(h, params)
-        if compiled is None:  # a tensor was written to since the solve began: the compiled code no longer applies
+        if compiled is None:  # a tensor was written to since the solve began, or the compiled code has raised
             with without_autocast(h.device):
                 compiled = *way.joint(task.system, h, params), ()
         out, figures, intermediates = compiled

@@ -77,7 +77,7 @@ class LinearSolver(ABC):
 
     @property
     def by_spectrum(self) -> bool:
-        """Whether it converges only where the operator's eigenvalues lie in a certain region."""
+        """True if it converges only where the operator's eigenvalues lie in a certain region."""
         return False
 
 

@@ -287,7 +287,7 @@ class _Boxed(io.StringIO):
 
 
 def _shortened(text: str, subcommand: str) -> str:
-    """A command's help in which groups that recipes share are listed by the names of their options, and the usage does
+    """A command's help in which groups that recipes share are listed by the names of their options, and whose usage
     has ``subcommand`` in place of the names of all subcommands."""
     text = re.sub(r"\{[\w,-]{60,}\}", subcommand, text, count=1)
     kept: list[str] = []

@@ -239,9 +239,8 @@ def protocol(config: CostConfig, runs: Runs) -> str:
         "units is not trained, but evaluated. Preconditioned L-BFGS finds the density to 1e-8 from the superposition "
         f"of atoms, with grid level {config.grid} and {config.memory:g} GB for values of basis functions. The "
         "Kohn–Sham calculation is PySCF's RKS with LDA and def2-SVP, from that superposition to 1e-9 hartree on "
-        "PySCF's "
-        "grid of level 3, without density fitting. Times are CPU times with one thread in double precision; each "
-        "molecule is measured once, in a separate process."
+        "PySCF's grid of level 3, without density fitting. Times are CPU times with one thread in double precision; "
+        "each molecule is measured once, in a separate process."
     )
 
 

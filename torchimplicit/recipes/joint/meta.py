@@ -141,10 +141,19 @@ class MetaConfig:
             raise UserError("sine waves are generated, not read: omit --data-dir")
 
     @property
+    def finds(self) -> bool:
+        """True if the adaptation goes on until it has found the context, and is not differentiated step by step."""
+        return self.adaptation in ("jiio", "jiio-first-order")
+
+    @property
+    def plain(self) -> bool:
+        """True if JIIO iterates plainly."""
+        return not self.finds or self.adaptation_solver == "plain"
+
+    @property
     def most_steps(self) -> int:
         """Most steps of the adaptation."""
-        few = self.adaptation in ("jiio-unrolled", "descent")
-        return self.adaptation_steps or (5 if few else 100)
+        return self.adaptation_steps or (100 if self.finds else 5)
 
 
 _EQUILIBRIA = Equilibria(tolerance=1e-2, backward_tolerance=1e-2)
@@ -512,10 +521,9 @@ class MetaLearning(Task):
         first_order = config.adaptation == "jiio-first-order" or not learning
         through: Gradient | None = None
         unrolled = config.adaptation == "jiio-unrolled"
-        plain = unrolled or config.adaptation_solver == "plain"
         if not first_order:
             through = Unrolled() if unrolled else exact(config.adjoint_steps, config.adjoint_tolerance)
-        return Joint(**shared, gradient=through, plain=plain, seen=self.solved)
+        return Joint(**shared, gradient=through, plain=config.plain, seen=self.solved)
 
     def loss(self, batch: Any) -> Tensor:
         """The error on the queries, with the context adapted to the support."""
@@ -635,10 +643,7 @@ def _tuned(config: AdaptationsConfig, task: MetaLearning, tasks: Tasks) -> dict[
         finite = [error if error == error else float("inf") for error in errors]
         return tries[finite.index(min(finite))]
 
-    penalty = config.training.penalty
-    plain = (
-        config.training.adaptation not in ("jiio", "jiio-first-order") or config.training.adaptation_solver == "plain"
-    )
+    penalty, plain = config.training.penalty, config.training.plain
     return {
         **{
             f"JIIO-{n}": best(Joint(steps=n, step_size=default, penalty=penalty, plain=plain))
